@@ -1,0 +1,1 @@
+//! A service's definition, from flags into one validated type.

@@ -1,0 +1,1 @@
+//! How an old generation finishes what it has: signal, connections left.

@@ -1,0 +1,1 @@
+//! How a generation gets its listeners: `fds`, `socket`.

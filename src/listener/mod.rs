@@ -1,0 +1,1 @@
+//! Listeners: addresses, binding, inheriting.

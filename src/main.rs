@@ -1,0 +1,2 @@
+//! The `zddsup` command: parse, dispatch, exit code; nothing else.
+fn main() {}

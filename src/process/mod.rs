@@ -1,0 +1,1 @@
+//! Processes: programs, spawning, reaping, groups, output.

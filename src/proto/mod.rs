@@ -1,0 +1,1 @@
+//! Bytes and environment of the protocols: pure, fuzzed.

@@ -1,0 +1,1 @@
+//! How a generation shows that it can serve: notify, probes.

@@ -1,0 +1,1 @@
+//! For supervised Rust services: listeners, ready, drain, keep.

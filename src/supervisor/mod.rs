@@ -1,0 +1,1 @@
+//! The driver: turns actions into system calls, and what happens into events.

@@ -1,0 +1,1 @@
+//! fork(2) and execve(2) of a generation.

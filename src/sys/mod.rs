@@ -1,0 +1,9 @@
+//! Every `unsafe` and every raw system call, one family a file; safe, typed functions are what leaves.
+#![allow(unsafe_code)]
+
+#[cfg(feature = "cli")]
+pub mod exec;
+#[cfg(feature = "cli")]
+pub mod pidfd;
+pub mod scm;
+pub mod socket;

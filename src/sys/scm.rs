@@ -1,0 +1,1 @@
+//! File descriptors and credentials over Unix sockets: SCM_RIGHTS, SCM_CREDENTIALS (unix(7)).

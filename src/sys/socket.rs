@@ -1,0 +1,1 @@
+//! Socket calls and options that std, nix and socket2 do not have safely.
