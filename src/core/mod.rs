@@ -1,4 +1,39 @@
-//! The pure state machine. Imports nothing of the rest of the crate.
+//! The pure state machine of one service. Imports nothing of the rest of the crate: no I/O, no clock, no async.
+//!
+//! ```text
+//!            request(Upgrade | Rollback | Restart | Stop | Quit)     handle(Event)
+//!                                   │                                  │
+//!                                   ▼                                  ▼
+//!   Stage:  Idle ─────────────> Starting ──ready──> Baking ──until──> Idle
+//!            │ ▲                   │ candidate failed  │ candidate died, rollback
+//!     incumbent└───────────────────┴───────────────────┘ (old one serves on, untouched)
+//!      lost  ▼
+//!          Backoff ──until──> Starting (recovery, from the recorded program)
+//!                                   │
+//!                                   ▼
+//!                      poll_action()   poll_timeout()
+//! ```
+//!
+//! | file | what it decides |
+//! |---|---|
+//! | [`machine`] | the state, and the table of events by phase |
+//! | [`upgrade`] | the transaction: start, switch, bake, fall back, what waits for its turn |
+//! | [`recovery`] | the incumbent was lost: restart policy, backoff, limit |
+//! | [`stopping`] | lame duck, graceful stop, quick stop, the end |
+//! | [`generation`] | the phases that a generation goes through |
 
+pub mod event;
 pub mod generation;
-pub use generation::{End, GenerationId};
+pub mod machine;
+pub mod policy;
+pub mod recovery;
+pub mod stopping;
+pub mod upgrade;
+
+pub use event::{
+    Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source,
+    UpgradeId,
+};
+pub use generation::{End, Generation, GenerationId, Phase};
+pub use machine::{Machine, Stage};
+pub use policy::{Policy, RestartLimit, RestartWhen, Time};
