@@ -1,1 +1,3 @@
 //! The control API: types, server, client.
+
+pub mod types;

@@ -1,0 +1,125 @@
+//! What is written down for the supervisor after this one, should this one be killed: who runs, with which sockets.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::instance;
+use crate::core::GenerationId;
+
+/// Version of the file's format. Another one is not read.
+const FORMAT: u32 = 1;
+
+/// A supervisor's state, as far as the next one can go on from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    format: u32,
+    /// Generations that live.
+    pub generations: Vec<RecordedGeneration>,
+    /// Sockets that they have.
+    pub listeners: Vec<RecordedListener>,
+}
+
+/// A generation that lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedGeneration {
+    /// Its number.
+    pub number: GenerationId,
+    /// Its first process, which leads its process group …
+    pub pid: i32,
+    /// … and when that was started, in clock ticks since boot.
+    pub start_ticks: u64,
+    /// Its main process, where it named another one (MAINPID) …
+    pub main_pid: i32,
+    /// … and when that was started.
+    pub main_start_ticks: u64,
+    /// Its `ZDDSUP_MARKER`.
+    pub marker: String,
+    /// Name by which its program was found.
+    pub program: PathBuf,
+    /// What it was doing.
+    pub role: Role,
+}
+
+/// What a generation was doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The incumbent.
+    Serving,
+    /// A candidate that was not ready.
+    Starting,
+    /// On standby, or on its way out.
+    Leaving,
+}
+
+/// A socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedListener {
+    /// Its name.
+    pub name: String,
+    /// Its inode in sockfs.
+    pub inode: u64,
+}
+
+impl Recorded {
+    /// A state to be written.
+    #[must_use]
+    pub fn new(generations: Vec<RecordedGeneration>, listeners: Vec<RecordedListener>) -> Self {
+        Recorded {
+            format: FORMAT,
+            generations,
+            listeners,
+        }
+    }
+
+    /// Puts it in place of what stood there.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        instance::replace(path, &serde_json::to_vec(self)?, 0o600)
+    }
+
+    /// What a supervisor left, if it did and it can be read. A file of another user or format is none.
+    #[must_use]
+    pub fn read(path: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let owner = fs::symlink_metadata(path).ok()?.uid();
+        if owner != nix::unistd::geteuid().as_raw() {
+            return None;
+        }
+        let recorded: Recorded = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        (recorded.format == FORMAT).then_some(recorded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comes_back_as_written_and_garbage_is_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("web.state");
+        let recorded = Recorded::new(
+            vec![RecordedGeneration {
+                number: GenerationId(7),
+                pid: 1,
+                start_ticks: 2,
+                main_pid: 1,
+                main_start_ticks: 2,
+                marker: "m".to_owned(),
+                program: PathBuf::from("/bin/true"),
+                role: Role::Serving,
+            }],
+            vec![RecordedListener {
+                name: "http".to_owned(),
+                inode: 9,
+            }],
+        );
+        recorded.write(&path).unwrap();
+        assert_eq!(Recorded::read(&path), Some(recorded));
+        fs::write(&path, b"{\"format\":99}").unwrap();
+        assert_eq!(Recorded::read(&path), None);
+    }
+}

@@ -1,0 +1,235 @@
+//! What generations leave with the supervisor: stored fds (FDSTORE in sd_notify(3)), and what is kept for the next
+//! generation on the handoff socket.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::stat::fstat;
+
+use crate::core::GenerationId;
+
+/// A stored fd. It stays until it is removed, and every later generation gets a copy.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// Its FDNAME.
+    pub name: String,
+    /// The open file.
+    pub fd: Arc<OwnedFd>,
+    polled: bool,
+}
+
+/// A change that a generation asked for.
+#[derive(Debug)]
+pub enum Change {
+    /// FDSTORE=1.
+    Add {
+        /// FDNAME.
+        name: String,
+        /// What it sent.
+        fds: Vec<OwnedFd>,
+        /// FDPOLL: dropped when the other end hangs up.
+        polled: bool,
+    },
+    /// FDSTOREREMOVE=1.
+    Remove {
+        /// FDNAME.
+        name: String,
+    },
+}
+
+/// The fd store of a service. Changes of a candidate count from the switch on, so that a failed upgrade changes nothing.
+#[derive(Debug)]
+pub struct Store {
+    most: usize,
+    stored: Vec<Stored>,
+    staged: BTreeMap<GenerationId, Vec<Change>>,
+}
+
+impl Store {
+    /// An empty one for up to `most` fds.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Store {
+            most,
+            stored: Vec::new(),
+            staged: BTreeMap::new(),
+        }
+    }
+
+    /// Takes a change at once, or at the generation's switch if it is not `ready` yet. Gives how many fds were refused
+    /// because the store is full.
+    pub fn change(&mut self, generation: GenerationId, ready: bool, change: Change) -> usize {
+        if ready {
+            return self.apply(change);
+        }
+        let staged = self.staged.entry(generation).or_default();
+        let waiting: usize = staged.iter().map(Change::fds).sum();
+        if self.stored.len() + waiting + change.fds() > self.most {
+            return change.fds();
+        }
+        staged.push(change);
+        0
+    }
+
+    /// The generation serves from now on.
+    pub fn commit(&mut self, generation: GenerationId) {
+        for change in self.staged.remove(&generation).unwrap_or_default() {
+            self.apply(change);
+        }
+    }
+
+    /// The generation never served.
+    pub fn discard(&mut self, generation: GenerationId) {
+        self.staged.remove(&generation);
+    }
+
+    /// What the next generation gets: without what the other end has closed.
+    pub fn for_next(&mut self) -> Vec<Stored> {
+        self.stored
+            .retain(|stored| !stored.polled || !hung_up(&stored.fd));
+        self.stored.clone()
+    }
+
+    /// How many are stored.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.stored.len()
+    }
+
+    /// Whether nothing is stored.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.stored.is_empty()
+    }
+
+    fn apply(&mut self, change: Change) -> usize {
+        match change {
+            Change::Add { name, fds, polled } => {
+                let mut refused = 0;
+                for fd in fds {
+                    if self.stored.iter().any(|stored| same_file(&stored.fd, &fd)) {
+                        continue;
+                    }
+                    if self.stored.len() >= self.most {
+                        refused += 1;
+                        continue;
+                    }
+                    self.stored.push(Stored {
+                        name: name.clone(),
+                        fd: Arc::new(fd),
+                        polled,
+                    });
+                }
+                refused
+            }
+            Change::Remove { name } => {
+                self.stored.retain(|stored| stored.name != name);
+                0
+            }
+        }
+    }
+}
+
+impl Change {
+    fn fds(&self) -> usize {
+        match self {
+            Change::Add { fds, .. } => fds.len(),
+            Change::Remove { .. } => 0,
+        }
+    }
+}
+
+/// Files without a type (eventfd, epoll, timerfd) share one inode, and so cannot be told apart.
+fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
+    match (fstat(one), fstat(other)) {
+        (Ok(one), Ok(other)) => {
+            one.st_mode & libc::S_IFMT != 0
+                && (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+        }
+        _ => false,
+    }
+}
+
+fn hung_up(fd: &OwnedFd) -> bool {
+    let mut asked = [PollFd::new(fd.as_fd(), PollFlags::empty())];
+    poll(&mut asked, PollTimeout::ZERO).is_ok()
+        && asked[0]
+            .revents()
+            .is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: GenerationId = GenerationId(1);
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        nix::unistd::pipe().unwrap()
+    }
+
+    fn add(name: &str, fd: OwnedFd) -> Change {
+        Change::Add {
+            name: name.to_owned(),
+            fds: vec![fd],
+            polled: true,
+        }
+    }
+
+    #[test]
+    fn a_candidates_changes_count_from_its_switch_on() {
+        let mut store = Store::new(8);
+        let (read, _write) = pipe();
+        assert_eq!(store.change(ONE, false, add("cache", read)), 0);
+        assert!(store.for_next().is_empty());
+        store.commit(ONE);
+        assert_eq!(store.for_next()[0].name, "cache");
+        store.change(
+            GenerationId(2),
+            false,
+            Change::Remove {
+                name: "cache".to_owned(),
+            },
+        );
+        store.discard(GenerationId(2));
+        assert_eq!(store.len(), 1);
+        store.change(
+            ONE,
+            true,
+            Change::Remove {
+                name: "cache".to_owned(),
+            },
+        );
+        assert!(store.is_empty());
+    }
+
+    #[test]
+    fn what_hung_up_is_dropped_and_what_is_too_much_refused() {
+        let mut store = Store::new(2);
+        let (read, write) = pipe();
+        store.change(ONE, true, add("a", read));
+        let (second, _keep) = pipe();
+        store.change(ONE, true, add("b", second));
+        let (third, _keep_too) = pipe();
+        assert_eq!(store.change(ONE, true, add("c", third)), 1);
+        drop(write);
+        let names: Vec<_> = store
+            .for_next()
+            .into_iter()
+            .map(|stored| stored.name)
+            .collect();
+        assert_eq!(names, ["b"]);
+    }
+
+    #[test]
+    fn the_same_file_is_stored_once() {
+        let mut store = Store::new(8);
+        let (read, _write) = pipe();
+        let copy = read.try_clone().unwrap();
+        store.change(ONE, true, add("a", read));
+        store.change(ONE, true, add("a", copy));
+        assert_eq!(store.len(), 1);
+    }
+}
