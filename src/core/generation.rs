@@ -116,9 +116,7 @@ impl Generation {
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
         match self.phase {
-            Phase::Spawning { deadline }
-            | Phase::Starting { deadline }
-            | Phase::Draining { deadline } => deadline,
+            Phase::Spawning { deadline } | Phase::Starting { deadline } | Phase::Draining { deadline } => deadline,
             Phase::Sweeping { kill_at } => kill_at,
             Phase::Stopping { kill_at } => Some(kill_at),
             Phase::Killing { again_at } | Phase::Clearing { again_at } => Some(again_at),
@@ -130,10 +128,7 @@ impl Generation {
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         match self.phase {
-            Phase::Spawning { .. }
-            | Phase::Starting { .. }
-            | Phase::Serving { .. }
-            | Phase::Standby { .. } => false,
+            Phase::Spawning { .. } | Phase::Starting { .. } | Phase::Serving { .. } | Phase::Standby { .. } => false,
             Phase::Aborting
             | Phase::Draining { .. }
             | Phase::Stopping { .. }

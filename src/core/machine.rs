@@ -7,8 +7,8 @@ use super::recovery::Restarts;
 use super::stopping::Life;
 use super::upgrade::{Pending, Versions};
 use super::{
-    Action, Answer, End, Event, Failure, Generation, GenerationId, Kind, Notice, Phase, Policy,
-    Request, Source, Time, UpgradeId,
+    Action, Answer, End, Event, Failure, Generation, GenerationId, Kind, Notice, Phase, Policy, Request, Source, Time,
+    UpgradeId,
 };
 
 /// What the service as a whole is doing.
@@ -73,12 +73,7 @@ impl Machine {
 
     /// A service that a supervisor before this one left behind: `incumbent` serves, `leaving` were draining.
     #[must_use]
-    pub fn resume(
-        policy: Policy,
-        incumbent: Option<GenerationId>,
-        leaving: &[GenerationId],
-        now: Time,
-    ) -> Self {
+    pub fn resume(policy: Policy, incumbent: Option<GenerationId>, leaving: &[GenerationId], now: Time) -> Self {
         let mut machine = Machine::new(policy);
         for &id in leaving {
             let deadline = machine.policy.drain_timeout.map(|limit| now + limit);
@@ -90,11 +85,7 @@ impl Machine {
             machine.serving = Some(id);
             machine.versions.current = Some(id);
         }
-        machine.next_generation = machine
-            .generations
-            .keys()
-            .next_back()
-            .map_or(1, |last| last.0 + 1);
+        machine.next_generation = machine.generations.keys().next_back().map_or(1, |last| last.0 + 1);
         machine
     }
 
@@ -124,11 +115,7 @@ impl Machine {
             Event::Spawned(id) => self.spawned(id, now),
             Event::SpawnFailed(id) => self.spawn_failed(id, now),
             Event::Ready(id) => self.ready(id, now),
-            Event::Exited {
-                generation,
-                end,
-                alone,
-            } => self.exited(generation, end, alone, now),
+            Event::Exited { generation, end, alone } => self.exited(generation, end, alone, now),
             Event::Emptied(id) => self.emptied(id),
             Event::Drained(id) => self.drained(id, now),
             Event::Extended(id, until) => self.extended(id, until),
@@ -150,12 +137,7 @@ impl Machine {
             Stage::Baking { until, .. } | Stage::Backoff { until } => Some(until),
             Stage::Idle | Stage::Starting(_) => None,
         };
-        self.generations
-            .values()
-            .filter_map(Generation::deadline)
-            .chain(stage)
-            .chain(self.life.deadline())
-            .min()
+        self.generations.values().filter_map(Generation::deadline).chain(stage).chain(self.life.deadline()).min()
     }
 
     /// The incumbent.
@@ -202,24 +184,15 @@ impl Machine {
 
     /// Every generation that is not released.
     pub fn generations(&self) -> impl Iterator<Item = (GenerationId, &Generation)> {
-        self.generations
-            .iter()
-            .map(|(&id, generation)| (id, generation))
+        self.generations.iter().map(|(&id, generation)| (id, generation))
     }
 
     /// Whether a recorded program may still be run: by a rollback, a restart or a recovery.
     #[must_use]
     pub fn needs_program(&self, program: GenerationId) -> bool {
-        let kept = |versions: Versions| {
-            versions.current == Some(program) || versions.previous == Some(program)
-        };
+        let kept = |versions: Versions| versions.current == Some(program) || versions.previous == Some(program);
         let before = matches!(self.stage, Stage::Baking { before, .. } if kept(before));
-        before
-            || kept(self.versions)
-            || self
-                .generations
-                .values()
-                .any(|generation| generation.program == program)
+        before || kept(self.versions) || self.generations.values().any(|generation| generation.program == program)
     }
 
     pub(super) fn phase(&self, id: GenerationId) -> Option<Phase> {
@@ -379,9 +352,7 @@ impl Machine {
             return;
         };
         match &mut generation.phase {
-            Phase::Spawning { deadline }
-            | Phase::Starting { deadline }
-            | Phase::Draining { deadline } => {
+            Phase::Spawning { deadline } | Phase::Starting { deadline } | Phase::Draining { deadline } => {
                 *deadline = deadline.map(|deadline| deadline.max(until));
             }
             Phase::Stopping { kill_at } => *kill_at = (*kill_at).max(until),
@@ -429,11 +400,7 @@ impl Machine {
         let due: Vec<_> = self
             .generations
             .iter()
-            .filter(|(_, generation)| {
-                generation
-                    .deadline()
-                    .is_some_and(|deadline| deadline <= now)
-            })
+            .filter(|(_, generation)| generation.deadline().is_some_and(|deadline| deadline <= now))
             .map(|(&id, generation)| (id, generation.phase))
             .collect();
         for (id, phase) in due {
@@ -460,7 +427,4 @@ impl Machine {
 }
 
 /// What a missed watchdog counts as where an end is asked for.
-const SIGABRT: End = End::Killed {
-    signal: 6,
-    core: false,
-};
+const SIGABRT: End = End::Killed { signal: 6, core: false };

@@ -30,10 +30,7 @@ pub mod recovery;
 pub mod stopping;
 pub mod upgrade;
 
-pub use event::{
-    Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source,
-    UpgradeId,
-};
+pub use event::{Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source, UpgradeId};
 pub use generation::{End, Generation, GenerationId, Phase};
 pub use machine::{Machine, Stage};
 pub use policy::{Policy, RestartLimit, RestartWhen, Time};

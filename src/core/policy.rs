@@ -77,12 +77,8 @@ impl Policy {
         let Some(doublings) = attempt.checked_sub(1) else {
             return Duration::ZERO;
         };
-        let wait = self
-            .backoff_first
-            .saturating_mul(2u32.saturating_pow(doublings))
-            .min(self.backoff_most);
-        let spread =
-            fastrand::Rng::with_seed(self.jitter_seed.wrapping_add(u64::from(attempt))).f64();
+        let wait = self.backoff_first.saturating_mul(2u32.saturating_pow(doublings)).min(self.backoff_most);
+        let spread = fastrand::Rng::with_seed(self.jitter_seed.wrapping_add(u64::from(attempt))).f64();
         wait.mul_f64(0.75 + spread / 2.0)
     }
 }
@@ -97,10 +93,7 @@ impl Default for Policy {
             lame_duck: Duration::ZERO,
             max_draining: 3,
             restart: RestartWhen::Always,
-            restart_limit: Some(RestartLimit {
-                count: 10,
-                within: Duration::from_secs(60),
-            }),
+            restart_limit: Some(RestartLimit { count: 10, within: Duration::from_secs(60) }),
             stable_after: Duration::from_secs(10),
             backoff_first: Duration::from_millis(100),
             backoff_most: Duration::from_secs(30),
@@ -118,27 +111,15 @@ mod tests {
         let policy = Policy::default();
         assert_eq!(policy.backoff(0), Duration::ZERO);
         for attempt in 1..40 {
-            let ideal = policy
-                .backoff_first
-                .saturating_mul(2u32.saturating_pow(attempt - 1))
-                .min(policy.backoff_most);
+            let ideal = policy.backoff_first.saturating_mul(2u32.saturating_pow(attempt - 1)).min(policy.backoff_most);
             let wait = policy.backoff(attempt);
-            assert!(
-                wait >= ideal.mul_f64(0.75) && wait <= ideal.mul_f64(1.25),
-                "{attempt}: {wait:?}"
-            );
+            assert!(wait >= ideal.mul_f64(0.75) && wait <= ideal.mul_f64(1.25), "{attempt}: {wait:?}");
         }
     }
 
     #[test]
     fn jitter_differs_between_supervisors() {
-        let wait = |jitter_seed| {
-            Policy {
-                jitter_seed,
-                ..Policy::default()
-            }
-            .backoff(3)
-        };
+        let wait = |jitter_seed| Policy { jitter_seed, ..Policy::default() }.backoff(3);
         assert_ne!(wait(1), wait(2));
     }
 }

@@ -17,14 +17,7 @@ pub struct Restarts {
 
 impl Machine {
     /// The incumbent ended or hangs. In a bake the standby is back at once.
-    pub(super) fn incumbent_lost(
-        &mut self,
-        id: GenerationId,
-        end: End,
-        in_bake: Failure,
-        since: Time,
-        now: Time,
-    ) {
+    pub(super) fn incumbent_lost(&mut self, id: GenerationId, end: End, in_bake: Failure, since: Time, now: Time) {
         match self.stage {
             Stage::Baking { .. } => return self.switch_back(Outcome::Failed(in_bake)),
             Stage::Idle | Stage::Starting(_) | Stage::Backoff { .. } => {}
@@ -38,9 +31,7 @@ impl Machine {
         match self.stage {
             // The candidate may take its place; what follows if it fails is decided then.
             Stage::Starting(_) => {}
-            Stage::Idle | Stage::Baking { .. } | Stage::Backoff { .. } => {
-                self.service_ended(end, now)
-            }
+            Stage::Idle | Stage::Baking { .. } | Stage::Backoff { .. } => self.service_ended(end, now),
         }
     }
 
@@ -94,9 +85,7 @@ impl Machine {
         let Some(limit) = self.policy.restart_limit else {
             return false;
         };
-        self.restarts
-            .recent
-            .retain(|&at| now.since(at) < limit.within);
+        self.restarts.recent.retain(|&at| now.since(at) < limit.within);
         let reached = self.restarts.recent.len() >= limit.count;
         self.restarts.recent.push(now);
         reached

@@ -62,16 +62,9 @@ impl Machine {
             Life::Stopping { .. } | Life::Over => {}
         }
         if let Life::Stopping { finish, .. } = self.life {
-            self.life = Life::Stopping {
-                finish,
-                quick: true,
-            };
+            self.life = Life::Stopping { finish, quick: true };
         }
-        let all: Vec<_> = self
-            .generations
-            .iter()
-            .map(|(&id, generation)| (id, generation.phase))
-            .collect();
+        let all: Vec<_> = self.generations.iter().map(|(&id, generation)| (id, generation.phase)).collect();
         for (id, phase) in all {
             match phase {
                 Phase::Spawning { .. } => self.enter(id, Phase::Aborting),
@@ -84,18 +77,12 @@ impl Machine {
                 {
                     self.kill(id, now);
                 }
-                Phase::Starting { .. }
-                | Phase::Serving { .. }
-                | Phase::Standby { .. }
-                | Phase::Draining { .. } => {
+                Phase::Starting { .. } | Phase::Serving { .. } | Phase::Standby { .. } | Phase::Draining { .. } => {
                     self.stop(id, now);
                 }
                 Phase::Sweeping { .. } if again => self.clear(id, now),
                 Phase::Sweeping { .. } => self.sweep_quickly(id, now),
-                Phase::Aborting
-                | Phase::Stopping { .. }
-                | Phase::Killing { .. }
-                | Phase::Clearing { .. } => {}
+                Phase::Aborting | Phase::Stopping { .. } | Phase::Killing { .. } | Phase::Clearing { .. } => {}
             }
         }
         Answer::Stopping
@@ -107,10 +94,7 @@ impl Machine {
 
     /// Drains whoever serves, stops whoever does not yet; the end comes when the last one is gone.
     pub(super) fn wind_up(&mut self, finish: Finish, now: Time) {
-        self.life = Life::Stopping {
-            finish,
-            quick: false,
-        };
+        self.life = Life::Stopping { finish, quick: false };
         self.cancel_transactions(now);
         self.notice(Notice::Stopping);
         if let Some(serving) = self.serving.take() {
@@ -127,9 +111,7 @@ impl Machine {
                 self.notice(Notice::Ended(flight.upgrade, Outcome::Cancelled));
                 self.discard(flight.candidate, now);
             }
-            Stage::Baking {
-                flight, standby, ..
-            } => {
+            Stage::Baking { flight, standby, .. } => {
                 self.notice(Notice::Ended(flight.upgrade, Outcome::Cancelled));
                 self.drain(standby, now);
             }
@@ -167,33 +149,17 @@ impl Machine {
     }
 
     pub(super) fn kill(&mut self, id: GenerationId, now: Time) {
-        self.enter(
-            id,
-            Phase::Killing {
-                again_at: now + KILL_AGAIN,
-            },
-        );
+        self.enter(id, Phase::Killing { again_at: now + KILL_AGAIN });
         self.act(Action::Kill(id));
     }
 
     pub(super) fn clear(&mut self, id: GenerationId, now: Time) {
-        self.enter(
-            id,
-            Phase::Clearing {
-                again_at: now + KILL_AGAIN,
-            },
-        );
+        self.enter(id, Phase::Clearing { again_at: now + KILL_AGAIN });
         self.act(Action::Kill(id));
     }
 
     /// The main process was reaped. What is left of it gets the stop signal, and the rest of a drain's time.
-    pub(super) fn sweep(
-        &mut self,
-        id: GenerationId,
-        alone: bool,
-        drain: Option<Option<Time>>,
-        now: Time,
-    ) {
+    pub(super) fn sweep(&mut self, id: GenerationId, alone: bool, drain: Option<Option<Time>>, now: Time) {
         if alone {
             return self.release(id);
         }

@@ -3,8 +3,8 @@
 use super::generation::InFlight;
 use super::stopping::Life;
 use super::{
-    Action, Answer, Failure, GenerationId, Kind, Machine, Notice, Outcome, Phase, Refusal, Source,
-    Stage, Time, UpgradeId,
+    Action, Answer, Failure, GenerationId, Kind, Machine, Notice, Outcome, Phase, Refusal, Source, Stage, Time,
+    UpgradeId,
 };
 
 /// Whose programs serve, named by the generation that resolved each.
@@ -21,10 +21,7 @@ impl Versions {
         if self.current == Some(program) {
             return self;
         }
-        Versions {
-            current: Some(program),
-            previous: self.current,
-        }
+        Versions { current: Some(program), previous: self.current }
     }
 }
 
@@ -52,11 +49,7 @@ impl Machine {
             self.notice(Notice::Ended(pending.upgrade, Outcome::Superseded));
         }
         let upgrade = self.new_upgrade();
-        self.pending = Some(Pending {
-            upgrade,
-            kind,
-            told: false,
-        });
+        self.pending = Some(Pending { upgrade, kind, told: false });
         Answer::Accepted(upgrade)
     }
 
@@ -117,19 +110,12 @@ impl Machine {
             Stage::Starting(_) | Stage::Baking { .. } => false,
         };
         // No upgrade cuts a connection: past the limit it waits until a generation is gone, unless nobody serves.
-        let leaving = self
-            .generations
-            .values()
-            .filter(|generation| generation.is_leaving())
-            .count();
+        let leaving = self.generations.values().filter(|generation| generation.is_leaving()).count();
         if free && (leaving < self.policy.max_draining || self.serving.is_none()) {
             self.pending = None;
             self.begin(pending.upgrade, pending.kind, now);
         } else if !pending.told {
-            self.pending = Some(Pending {
-                told: true,
-                ..pending
-            });
+            self.pending = Some(Pending { told: true, ..pending });
             self.notice(Notice::Queued(pending.upgrade, pending.kind));
         }
     }
@@ -143,17 +129,8 @@ impl Machine {
         };
         let from = self.serving;
         let candidate = self.spawn(recorded.map_or(Source::Fresh, Source::Recorded), now);
-        self.stage = Stage::Starting(InFlight {
-            upgrade,
-            kind,
-            candidate,
-        });
-        self.notice(Notice::Started {
-            upgrade,
-            kind,
-            from,
-            to: candidate,
-        });
+        self.stage = Stage::Starting(InFlight { upgrade, kind, candidate });
+        self.notice(Notice::Started { upgrade, kind, from, to: candidate });
     }
 
     /// The switch.
@@ -177,12 +154,7 @@ impl Machine {
                 if let Some(Phase::Serving { since }) = self.phase(old) {
                     self.enter(old, Phase::Standby { since });
                 }
-                self.stage = Stage::Baking {
-                    flight,
-                    standby: old,
-                    until: now + self.policy.bake,
-                    before,
-                };
+                self.stage = Stage::Baking { flight, standby: old, until: now + self.policy.bake, before };
                 self.notice(Notice::Baking(flight.upgrade));
             }
             Some(_) | None => {
@@ -196,10 +168,7 @@ impl Machine {
     }
 
     pub(super) fn bake_over(&mut self, now: Time) {
-        let Stage::Baking {
-            flight, standby, ..
-        } = self.stage
-        else {
+        let Stage::Baking { flight, standby, .. } = self.stage else {
             return;
         };
         self.stage = Stage::Idle;
@@ -218,13 +187,7 @@ impl Machine {
 
     /// In a bake: the standby is the incumbent again, with its version.
     pub(super) fn switch_back(&mut self, outcome: Outcome) {
-        let Stage::Baking {
-            flight,
-            standby,
-            before,
-            ..
-        } = self.stage
-        else {
+        let Stage::Baking { flight, standby, before, .. } = self.stage else {
             return;
         };
         self.stage = Stage::Idle;
@@ -233,10 +196,7 @@ impl Machine {
         if let Some(Phase::Standby { since }) = self.phase(standby) {
             self.enter(standby, Phase::Serving { since });
         }
-        self.act(Action::Switch {
-            from: Some(flight.candidate),
-            to: standby,
-        });
+        self.act(Action::Switch { from: Some(flight.candidate), to: standby });
         self.notice(Notice::Ended(flight.upgrade, outcome));
     }
 

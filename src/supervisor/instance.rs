@@ -28,9 +28,7 @@ pub enum LockError {
         pid: String,
     },
     /// The file cannot be made.
-    #[error(
-        "cannot lock {path:?}: {source}; check the directory's permissions, or set XDG_RUNTIME_DIR"
-    )]
+    #[error("cannot lock {path:?}: {source}; check the directory's permissions, or set XDG_RUNTIME_DIR")]
     File {
         /// Which.
         path: PathBuf,
@@ -42,17 +40,9 @@ pub enum LockError {
 impl Lock {
     /// Takes the name, or says who has it.
     pub fn take(path: &Path, service: &str) -> Result<Lock, LockError> {
-        let failed = |source| LockError::File {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| LockError::File { path: path.to_owned(), source };
         let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600);
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path).map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut held) => {
@@ -71,10 +61,7 @@ impl Lock {
                     "" => "unknown".to_owned(),
                     pid => pid.to_owned(),
                 };
-                Err(LockError::Taken {
-                    service: service.to_owned(),
-                    pid,
-                })
+                Err(LockError::Taken { service: service.to_owned(), pid })
             }
             Err((_, errno)) => Err(failed(errno.into())),
         }
@@ -98,8 +85,7 @@ impl PidFile {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let ours = fs::read_to_string(&self.path)
-            .is_ok_and(|text| text.trim() == std::process::id().to_string());
+        let ours = fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == std::process::id().to_string());
         if ours {
             let _gone_already = fs::remove_file(&self.path);
         }

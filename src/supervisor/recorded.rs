@@ -68,11 +68,7 @@ impl Recorded {
     /// A state to be written.
     #[must_use]
     pub fn new(generations: Vec<RecordedGeneration>, listeners: Vec<RecordedListener>) -> Self {
-        Recorded {
-            format: FORMAT,
-            generations,
-            listeners,
-        }
+        Recorded { format: FORMAT, generations, listeners }
     }
 
     /// Puts it in place of what stood there.
@@ -112,10 +108,7 @@ mod tests {
                 program: PathBuf::from("/bin/true"),
                 role: Role::Serving,
             }],
-            vec![RecordedListener {
-                name: "http".to_owned(),
-                inode: 9,
-            }],
+            vec![RecordedListener { name: "http".to_owned(), inode: 9 }],
         );
         recorded.write(&path).unwrap();
         assert_eq!(Recorded::read(&path), Some(recorded));

@@ -45,14 +45,7 @@ impl Reports {
     }
 
     /// Its candidate is being spawned.
-    pub fn started(
-        &mut self,
-        id: UpgradeId,
-        kind: Kind,
-        from: Option<GenerationId>,
-        to: GenerationId,
-        now: Instant,
-    ) {
+    pub fn started(&mut self, id: UpgradeId, kind: Kind, from: Option<GenerationId>, to: GenerationId, now: Instant) {
         let entry = self.entry(id, kind, now);
         entry.enter(UpgradePhase::Spawning, now);
         entry.report.from = from;
@@ -71,10 +64,7 @@ impl Reports {
 
     /// It was switched to its candidate, and bakes.
     pub fn baking(&mut self, id: UpgradeId, now: Instant) {
-        self.change(
-            |entry| entry.report.id == id.0,
-            |entry| entry.enter(UpgradePhase::Baking, now),
-        );
+        self.change(|entry| entry.report.id == id.0, |entry| entry.enter(UpgradePhase::Baking, now));
     }
 
     /// It is over; what it left behind may still drain.
@@ -104,8 +94,7 @@ impl Reports {
 
     /// A generation leaves because of the newest transaction that has to do with it.
     pub fn leaves(&mut self, generation: GenerationId, now: Instant) {
-        let concerns =
-            |entry: &Entry| [entry.report.from, entry.report.to].contains(&Some(generation));
+        let concerns = |entry: &Entry| [entry.report.from, entry.report.to].contains(&Some(generation));
         self.change(concerns, |entry| {
             if entry.leaving.contains(&generation) {
                 return;
@@ -136,13 +125,8 @@ impl Reports {
     /// How many connections the generations that leave still have.
     pub fn connections(&mut self, of: &BTreeMap<GenerationId, u64>) {
         for entry in &mut self.entries {
-            let left: Option<u64> = entry
-                .leaving
-                .iter()
-                .map(|generation| of.get(generation))
-                .sum();
-            if !entry.leaving.is_empty() && left.is_some() && entry.report.connections_left != left
-            {
+            let left: Option<u64> = entry.leaving.iter().map(|generation| of.get(generation)).sum();
+            if !entry.leaving.is_empty() && left.is_some() && entry.report.connections_left != left {
                 entry.report.connections_left = left;
                 self.changed.insert(entry.report.id);
             }
@@ -168,11 +152,7 @@ impl Reports {
 
     fn entry(&mut self, id: UpgradeId, kind: Kind, now: Instant) -> &mut Entry {
         self.changed.insert(id.0);
-        if let Some(at) = self
-            .entries
-            .iter()
-            .position(|entry| entry.report.id == id.0)
-        {
+        if let Some(at) = self.entries.iter().position(|entry| entry.report.id == id.0) {
             return &mut self.entries[at];
         }
         self.entries.push_front(Entry {
@@ -199,9 +179,7 @@ impl Reports {
             leaving: Vec::new(),
         });
         // What is still under way is never forgotten.
-        while self.entries.len() > REMEMBERED
-            && self.entries.back().is_some_and(|entry| entry.is_settled())
-        {
+        while self.entries.len() > REMEMBERED && self.entries.back().is_some_and(|entry| entry.is_settled()) {
             self.entries.pop_back();
         }
         &mut self.entries[0]
@@ -224,10 +202,7 @@ impl Entry {
     fn so_far(&self, now: Instant) -> UpgradeReport {
         let mut report = self.report.clone();
         if let Some((phase, since)) = self.phase {
-            report.phases.push(PhaseTime {
-                phase,
-                ms: millis(now - since),
-            });
+            report.phases.push(PhaseTime { phase, ms: millis(now - since) });
         }
         report
     }
@@ -243,10 +218,7 @@ impl Entry {
 
     fn close(&mut self, now: Instant) {
         if let Some((phase, since)) = self.phase.take() {
-            self.report.phases.push(PhaseTime {
-                phase,
-                ms: millis(now - since),
-            });
+            self.report.phases.push(PhaseTime { phase, ms: millis(now - since) });
         }
     }
 }

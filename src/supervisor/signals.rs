@@ -14,12 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 
 /// Passed on to the incumbent when a process (not a terminal) sent them. USR2 is kept for zddsup itself.
-const FORWARDED: [Signal; 4] = [
-    Signal::SIGWINCH,
-    Signal::SIGTTIN,
-    Signal::SIGTTOU,
-    Signal::SIGALRM,
-];
+const FORWARDED: [Signal; 4] = [Signal::SIGWINCH, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGALRM];
 
 /// What a signal asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,16 +40,9 @@ pub fn block() -> nix::Result<()> {
 
 fn mask() -> SigSet {
     let mut mask = SigSet::empty();
-    for signal in [
-        Signal::SIGHUP,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGQUIT,
-        Signal::SIGUSR1,
-        Signal::SIGCHLD,
-    ]
-    .into_iter()
-    .chain(FORWARDED)
+    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGCHLD]
+        .into_iter()
+        .chain(FORWARDED)
     {
         mask.add(signal);
     }
@@ -123,8 +111,7 @@ impl Signals {
         };
         let from_kernel = info.ssi_code > 0;
         let leader = getsid(None).ok().map(Pid::as_raw);
-        let from_leader =
-            i32::try_from(info.ssi_pid).ok() == leader && leader != Some(getpid().as_raw());
+        let from_leader = i32::try_from(info.ssi_pid).ok() == leader && leader != Some(getpid().as_raw());
         from_kernel || (from_leader && hung_up(terminal))
     }
 }
@@ -132,10 +119,7 @@ impl Signals {
 fn hung_up(terminal: &OwnedFd) -> bool {
     let mut asked = [PollFd::new(terminal.as_fd(), PollFlags::POLLIN)];
     let hup = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
-    poll(&mut asked, PollTimeout::ZERO).is_ok()
-        && asked[0]
-            .revents()
-            .is_some_and(|events| events.intersects(hup))
+    poll(&mut asked, PollTimeout::ZERO).is_ok() && asked[0].revents().is_some_and(|events| events.intersects(hup))
 }
 
 /// Whether a signal was ignored when zddsup was started, as `nohup` does with HUP (`SigIgn` in proc(5)).
@@ -149,8 +133,5 @@ fn inherited_ignored(signal: Signal) -> bool {
 /// What a signal number is called, for people.
 #[must_use]
 pub fn name(number: i32) -> String {
-    Signal::try_from(number).map_or_else(
-        |_| format!("signal {number}"),
-        |signal| signal.as_str().to_owned(),
-    )
+    Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.as_str().to_owned())
 }

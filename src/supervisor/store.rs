@@ -51,11 +51,7 @@ impl Store {
     /// An empty one for up to `most` fds.
     #[must_use]
     pub fn new(most: usize) -> Self {
-        Store {
-            most,
-            stored: Vec::new(),
-            staged: BTreeMap::new(),
-        }
+        Store { most, stored: Vec::new(), staged: BTreeMap::new() }
     }
 
     /// Takes a change at once, or at the generation's switch if it is not `ready` yet. Gives how many fds were refused
@@ -87,8 +83,7 @@ impl Store {
 
     /// What the next generation gets: without what the other end has closed.
     pub fn for_next(&mut self) -> Vec<Stored> {
-        self.stored
-            .retain(|stored| !stored.polled || !hung_up(&stored.fd));
+        self.stored.retain(|stored| !stored.polled || !hung_up(&stored.fd));
         self.stored.clone()
     }
 
@@ -116,17 +111,71 @@ impl Store {
                         refused += 1;
                         continue;
                     }
-                    self.stored.push(Stored {
-                        name: name.clone(),
-                        fd: Arc::new(fd),
-                        polled,
-                    });
+                    self.stored.push(Stored { name: name.clone(), fd: Arc::new(fd), polled });
                 }
                 refused
             }
             Change::Remove { name } => {
                 self.stored.retain(|stored| stored.name != name);
                 0
+            }
+        }
+    }
+}
+
+/// Something that a generation passes on to the one that serves after it.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    /// By which its arrival is acknowledged.
+    pub id: u64,
+    /// What it is called.
+    pub name: String,
+    /// Bytes that go with it.
+    pub state: Vec<u8>,
+    /// Open files that go with it.
+    pub fds: Vec<Arc<OwnedFd>>,
+    /// Who passed it on.
+    pub from: GenerationId,
+    sent_to: Option<GenerationId>,
+}
+
+/// What is on its way from one generation to the next. A copy is held until the receiver says that it has it, so that
+/// nothing is lost with a receiver that dies.
+#[derive(Debug, Default)]
+pub struct Keeping {
+    next: u64,
+    items: Vec<Kept>,
+}
+
+impl Keeping {
+    /// A generation passes something on.
+    pub fn keep(&mut self, from: GenerationId, name: String, state: Vec<u8>, fds: Vec<Arc<OwnedFd>>) {
+        self.next += 1;
+        self.items.push(Kept { id: self.next, name, state, fds, from, sent_to: None });
+    }
+
+    /// What `to` has to be sent now: all that others passed on and nobody was sent.
+    pub fn send_to(&mut self, to: GenerationId) -> Vec<Kept> {
+        let mut sent = Vec::new();
+        for item in &mut self.items {
+            if item.from != to && item.sent_to.is_none() {
+                item.sent_to = Some(to);
+                sent.push(item.clone());
+            }
+        }
+        sent
+    }
+
+    /// The receiver has it: the copy is dropped.
+    pub fn taken(&mut self, by: GenerationId, id: u64) {
+        self.items.retain(|item| !(item.id == id && item.sent_to == Some(by)));
+    }
+
+    /// The receiver is gone: what it did not acknowledge is sent to the next one.
+    pub fn lost(&mut self, receiver: GenerationId) {
+        for item in &mut self.items {
+            if item.sent_to == Some(receiver) {
+                item.sent_to = None;
             }
         }
     }
@@ -145,8 +194,7 @@ impl Change {
 fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
     match (fstat(one), fstat(other)) {
         (Ok(one), Ok(other)) => {
-            one.st_mode & libc::S_IFMT != 0
-                && (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+            one.st_mode & libc::S_IFMT != 0 && (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
         }
         _ => false,
     }
@@ -155,9 +203,7 @@ fn same_file(one: &OwnedFd, other: &OwnedFd) -> bool {
 fn hung_up(fd: &OwnedFd) -> bool {
     let mut asked = [PollFd::new(fd.as_fd(), PollFlags::empty())];
     poll(&mut asked, PollTimeout::ZERO).is_ok()
-        && asked[0]
-            .revents()
-            .is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+        && asked[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
 }
 
 #[cfg(test)]
@@ -171,11 +217,7 @@ mod tests {
     }
 
     fn add(name: &str, fd: OwnedFd) -> Change {
-        Change::Add {
-            name: name.to_owned(),
-            fds: vec![fd],
-            polled: true,
-        }
+        Change::Add { name: name.to_owned(), fds: vec![fd], polled: true }
     }
 
     #[test]
@@ -186,22 +228,10 @@ mod tests {
         assert!(store.for_next().is_empty());
         store.commit(ONE);
         assert_eq!(store.for_next()[0].name, "cache");
-        store.change(
-            GenerationId(2),
-            false,
-            Change::Remove {
-                name: "cache".to_owned(),
-            },
-        );
+        store.change(GenerationId(2), false, Change::Remove { name: "cache".to_owned() });
         store.discard(GenerationId(2));
         assert_eq!(store.len(), 1);
-        store.change(
-            ONE,
-            true,
-            Change::Remove {
-                name: "cache".to_owned(),
-            },
-        );
+        store.change(ONE, true, Change::Remove { name: "cache".to_owned() });
         assert!(store.is_empty());
     }
 
@@ -215,12 +245,26 @@ mod tests {
         let (third, _keep_too) = pipe();
         assert_eq!(store.change(ONE, true, add("c", third)), 1);
         drop(write);
-        let names: Vec<_> = store
-            .for_next()
-            .into_iter()
-            .map(|stored| stored.name)
-            .collect();
+        let names: Vec<_> = store.for_next().into_iter().map(|stored| stored.name).collect();
         assert_eq!(names, ["b"]);
+    }
+
+    #[test]
+    fn what_is_kept_goes_to_another_and_again_if_that_one_dies() {
+        let mut keeping = Keeping::default();
+        keeping.keep(ONE, "connection".to_owned(), b"state".to_vec(), Vec::new());
+        assert!(keeping.send_to(ONE).is_empty());
+        let sent = keeping.send_to(GenerationId(2));
+        assert_eq!(sent.len(), 1);
+        assert!(keeping.send_to(GenerationId(2)).is_empty());
+        keeping.lost(GenerationId(2));
+        assert_eq!(keeping.send_to(GenerationId(3))[0].id, sent[0].id);
+        keeping.taken(GenerationId(2), sent[0].id);
+        keeping.lost(GenerationId(3));
+        assert_eq!(keeping.send_to(GenerationId(4)).len(), 1);
+        keeping.taken(GenerationId(4), sent[0].id);
+        keeping.lost(GenerationId(4));
+        assert!(keeping.send_to(GenerationId(5)).is_empty());
     }
 
     #[test]

@@ -20,10 +20,7 @@ fn policy() -> Policy {
         lame_duck: Duration::ZERO,
         max_draining: 2,
         restart: RestartWhen::Always,
-        restart_limit: Some(RestartLimit {
-            count: 1,
-            within: Duration::from_secs(1000),
-        }),
+        restart_limit: Some(RestartLimit { count: 1, within: Duration::from_secs(1000) }),
         stable_after: Duration::from_secs(4),
         backoff_first: Duration::from_secs(1),
         backoff_most: Duration::from_secs(1),
@@ -32,24 +29,12 @@ fn policy() -> Policy {
 }
 
 fn budget() -> Budget {
-    Budget {
-        upgrades: 2,
-        rollbacks: 0,
-        restarts: 0,
-        stops: 0,
-        quits: 0,
-        rude: 1,
-        losses: 2,
-    }
+    Budget { upgrades: 2, rollbacks: 0, restarts: 0, stops: 0, quits: 0, rude: 1, losses: 2 }
 }
 
 #[track_caller]
 fn explore(policy: Policy, budget: Budget) {
-    let exploration = Exploration {
-        policy,
-        budget,
-        mutation: None,
-    };
+    let exploration = Exploration { policy, budget, mutation: None };
     let checker = exploration.checker().threads(2).spawn_bfs().join();
     println!(
         "{} states, {} unique, depth {}",
@@ -68,79 +53,29 @@ fn two_overlapping_upgrades() {
 
 #[test]
 fn without_a_bake() {
-    explore(
-        Policy {
-            bake: Duration::ZERO,
-            ..policy()
-        },
-        Budget {
-            upgrades: 3,
-            losses: 1,
-            rude: 0,
-            ..budget()
-        },
-    );
+    explore(Policy { bake: Duration::ZERO, ..policy() }, Budget { upgrades: 3, losses: 1, rude: 0, ..budget() });
 }
 
 #[test]
 fn stop_and_quit_in_every_phase() {
-    explore(
-        policy(),
-        Budget {
-            upgrades: 1,
-            stops: 2,
-            quits: 1,
-            ..budget()
-        },
-    );
+    explore(policy(), Budget { upgrades: 1, stops: 2, quits: 1, ..budget() });
 }
 
 #[test]
 fn lame_duck_in_every_phase() {
-    let policy = Policy {
-        lame_duck: Duration::from_secs(6),
-        ..policy()
-    };
-    explore(
-        policy,
-        Budget {
-            upgrades: 1,
-            stops: 2,
-            losses: 1,
-            ..budget()
-        },
-    );
+    let policy = Policy { lame_duck: Duration::from_secs(6), ..policy() };
+    explore(policy, Budget { upgrades: 1, stops: 2, losses: 1, ..budget() });
 }
 
 #[test]
 fn rollback_and_restart_in_every_phase() {
-    explore(
-        policy(),
-        Budget {
-            upgrades: 1,
-            rollbacks: 1,
-            restarts: 1,
-            rude: 0,
-            losses: 1,
-            ..budget()
-        },
-    );
+    explore(policy(), Budget { upgrades: 1, rollbacks: 1, restarts: 1, rude: 0, losses: 1, ..budget() });
 }
 
 #[test]
 fn restart_policies() {
     for restart in [RestartWhen::OnFailure, RestartWhen::Never] {
-        explore(
-            Policy {
-                restart,
-                ..policy()
-            },
-            Budget {
-                upgrades: 1,
-                stops: 1,
-                ..budget()
-            },
-        );
+        explore(Policy { restart, ..policy() }, Budget { upgrades: 1, stops: 1, ..budget() });
     }
 }
 
@@ -149,33 +84,16 @@ fn a_broken_core_is_seen() {
     for (mutation, promise) in [
         (Mutation::SwitchesBeforeReady, "3 ready first"),
         (Mutation::StopsOldFirst, "3 ready first"),
-        (
-            Mutation::FailureTouchesIncumbent,
-            "4 a failed upgrade changes nothing",
-        ),
+        (Mutation::FailureTouchesIncumbent, "4 a failed upgrade changes nothing"),
         (Mutation::LosesRequest, "7 fresh every time"),
         (Mutation::TwoCandidates, "5 one at a time"),
         (Mutation::ReleasesEarly, "6 nothing left behind"),
         (Mutation::RunsTheOldProgram, "7 fresh every time"),
         (Mutation::FinishesEarly, "1 never refused, 2 never lost"),
     ] {
-        let exploration = Exploration {
-            policy: policy(),
-            budget: Budget {
-                stops: 1,
-                ..budget()
-            },
-            mutation: Some(mutation),
-        };
-        let checker = exploration
-            .checker()
-            .threads(2)
-            .target_max_depth(9)
-            .spawn_bfs()
-            .join();
-        assert!(
-            checker.discovery(promise).is_some(),
-            "{mutation:?} was not seen to break promise {promise}"
-        );
+        let exploration =
+            Exploration { policy: policy(), budget: Budget { stops: 1, ..budget() }, mutation: Some(mutation) };
+        let checker = exploration.checker().threads(2).target_max_depth(9).spawn_bfs().join();
+        assert!(checker.discovery(promise).is_some(), "{mutation:?} was not seen to break promise {promise}");
     }
 }

@@ -4,9 +4,7 @@ use std::hash::{Hash, Hasher};
 
 use stateright::{Model, Property};
 use zddsup::core::stopping::Life;
-use zddsup::core::{
-    Action, Answer, End, Event, GenerationId, Machine, Phase, Policy, Request, Source, Stage, Time,
-};
+use zddsup::core::{Action, Answer, End, Event, GenerationId, Machine, Phase, Policy, Request, Source, Stage, Time};
 
 use crate::world::{self, Budget, Process, World};
 
@@ -61,12 +59,7 @@ impl Hash for State {
         match self.machine.stage() {
             Stage::Idle => {}
             Stage::Starting(flight) => flight.hash(hasher),
-            Stage::Baking {
-                flight,
-                standby,
-                until,
-                before,
-            } => {
+            Stage::Baking { flight, standby, until, before } => {
                 (flight, standby, left(until), before).hash(hasher);
             }
             Stage::Backoff { until } => left(until).hash(hasher),
@@ -106,9 +99,7 @@ impl State {
             Step::Ask(Request::Restart) => budget.restarts -= 1,
             Step::Ask(Request::Stop) => budget.stops -= 1,
             Step::Ask(Request::Quit) => budget.quits -= 1,
-            Step::Happen(Event::Exited {
-                generation, alone, ..
-            }) => {
+            Step::Happen(Event::Exited { generation, alone, .. }) => {
                 if !alone {
                     budget.rude -= 1;
                 }
@@ -137,28 +128,15 @@ impl Mutation {
             (Mutation::StopsOldFirst, Action::Spawn { .. }) => {
                 actions.extend(before.serving().map(Action::Drain));
             }
-            (Mutation::FailureTouchesIncumbent, Action::Release(_))
-                if matches!(cause, Some(Event::SpawnFailed(_))) =>
-            {
+            (Mutation::FailureTouchesIncumbent, Action::Release(_)) if matches!(cause, Some(Event::SpawnFailed(_))) => {
                 actions.extend(before.serving().map(Action::Stop));
             }
-            (
-                Mutation::RunsTheOldProgram,
-                &Action::Spawn {
-                    generation,
-                    source: Source::Fresh,
-                },
-            ) => {
+            (Mutation::RunsTheOldProgram, &Action::Spawn { generation, source: Source::Fresh }) => {
                 if let Some(program) = before.versions().current {
-                    actions[0] = Action::Spawn {
-                        generation,
-                        source: Source::Recorded(program),
-                    };
+                    actions[0] = Action::Spawn { generation, source: Source::Recorded(program) };
                 }
             }
-            (Mutation::FinishesEarly, &Action::Drain(_))
-                if !matches!(before.stage(), Stage::Starting(_)) =>
-            {
+            (Mutation::FinishesEarly, &Action::Drain(_)) if !matches!(before.stage(), Stage::Starting(_)) => {
                 actions.push(Action::Finish(zddsup::core::Finish::Stopped));
             }
             (Mutation::TwoCandidates, &Action::Spawn { generation, source }) => {
@@ -178,12 +156,7 @@ impl Model for Exploration {
         let before = machine.clone();
         let now = Time::default();
         let first = machine.start(now);
-        let mut state = State {
-            machine,
-            world: World::new(first),
-            budget: self.budget.clone(),
-            now,
-        };
+        let mut state = State { machine, world: World::new(first), budget: self.budget.clone(), now };
         state.take(None, None, &before);
         vec![state]
     }
@@ -225,26 +198,11 @@ impl Model for Exploration {
                     // Late and repeated ones too.
                     happen(Event::Ready(id));
                     if may_be_lost {
-                        let killed = End::Killed {
-                            signal: 9,
-                            core: false,
-                        };
-                        happen(Event::Exited {
-                            generation: id,
-                            end: End::Exited(0),
-                            alone: true,
-                        });
-                        happen(Event::Exited {
-                            generation: id,
-                            end: killed,
-                            alone: true,
-                        });
+                        let killed = End::Killed { signal: 9, core: false };
+                        happen(Event::Exited { generation: id, end: End::Exited(0), alone: true });
+                        happen(Event::Exited { generation: id, end: killed, alone: true });
                         if budget.rude > 0 {
-                            happen(Event::Exited {
-                                generation: id,
-                                end: killed,
-                                alone: false,
-                            });
+                            happen(Event::Exited { generation: id, end: killed, alone: false });
                         }
                     }
                     if budget.rude > 0 {
@@ -268,13 +226,10 @@ impl Model for Exploration {
         match step {
             Step::Ask(request) => {
                 let answer = match (self.mutation, last.machine.stage()) {
-                    (Some(Mutation::LosesRequest), Stage::Starting(flight)) => {
-                        Answer::Accepted(flight.upgrade)
-                    }
+                    (Some(Mutation::LosesRequest), Stage::Starting(flight)) => Answer::Accepted(flight.upgrade),
                     _ => next.machine.request(request, next.now),
                 };
-                next.world
-                    .asked(request, answer, &last.machine, &next.machine);
+                next.world.asked(request, answer, &last.machine, &next.machine);
                 next.take(self.mutation, None, &last.machine);
             }
             Step::Happen(event) => {
@@ -284,16 +239,9 @@ impl Model for Exploration {
                 next.world.happens(event);
                 let heard = match (self.mutation, event) {
                     (Some(Mutation::SwitchesBeforeReady), Event::Spawned(id)) => Event::Ready(id),
-                    (
-                        Some(Mutation::ReleasesEarly),
-                        Event::Exited {
-                            generation, end, ..
-                        },
-                    ) => Event::Exited {
-                        generation,
-                        end,
-                        alone: true,
-                    },
+                    (Some(Mutation::ReleasesEarly), Event::Exited { generation, end, .. }) => {
+                        Event::Exited { generation, end, alone: true }
+                    }
                     _ => event,
                 };
                 next.machine.handle(heard, next.now);
@@ -306,33 +254,19 @@ impl Model for Exploration {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::sometimes("an upgrade is baked to its end", |_, state: &State| {
-                state.machine.versions().previous.is_some()
-                    && matches!(state.machine.stage(), Stage::Idle)
+                state.machine.versions().previous.is_some() && matches!(state.machine.stage(), Stage::Idle)
             }),
             Property::sometimes("one leaves while one serves", |_, state: &State| {
                 let mut generations = state.machine.generations();
-                generations.any(|(_, generation)| generation.is_leaving())
-                    && state.machine.serving().is_some()
+                generations.any(|(_, generation)| generation.is_leaving()) && state.machine.serving().is_some()
             }),
-            Property::always(world::QUEUE, |_, state: &State| {
-                state.world.keeps(world::QUEUE)
-            }),
-            Property::always(world::READY_FIRST, |_, state: &State| {
-                state.world.keeps(world::READY_FIRST)
-            }),
-            Property::always(world::UNCHANGED, |_, state: &State| {
-                state.world.keeps(world::UNCHANGED)
-            }),
+            Property::always(world::QUEUE, |_, state: &State| state.world.keeps(world::QUEUE)),
+            Property::always(world::READY_FIRST, |_, state: &State| state.world.keeps(world::READY_FIRST)),
+            Property::always(world::UNCHANGED, |_, state: &State| state.world.keeps(world::UNCHANGED)),
             Property::always(world::ONE, |_, state: &State| state.world.keeps(world::ONE)),
-            Property::always(world::NOTHING_LEFT, |_, state: &State| {
-                state.world.keeps(world::NOTHING_LEFT)
-            }),
-            Property::always(world::FRESH, |_, state: &State| {
-                state.world.keeps(world::FRESH)
-            }),
-            Property::always(world::ALIVE, |_, state: &State| {
-                state.world.keeps(world::ALIVE)
-            }),
+            Property::always(world::NOTHING_LEFT, |_, state: &State| state.world.keeps(world::NOTHING_LEFT)),
+            Property::always(world::FRESH, |_, state: &State| state.world.keeps(world::FRESH)),
+            Property::always(world::ALIVE, |_, state: &State| state.world.keeps(world::ALIVE)),
         ]
     }
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use zddsup::core::stopping::Life;
 use zddsup::core::{
-    Action, Answer, Event, Finish, GenerationId, Kind, Machine, Notice, Outcome, Phase, Request,
-    RestartWhen, Source, Stage, Time, UpgradeId,
+    Action, Answer, Event, Finish, GenerationId, Kind, Machine, Notice, Outcome, Phase, Request, RestartWhen, Source,
+    Stage, Time, UpgradeId,
 };
 
 /// How many of each may still happen.
@@ -83,29 +83,16 @@ impl World {
             Event::Spawned(id) => drop(self.processes.insert(id, Process::Running)),
             Event::SpawnFailed(id) => drop(self.processes.insert(id, Process::Gone)),
             Event::Ready(id) => {
-                if self
-                    .processes
-                    .get(&id)
-                    .is_some_and(|process| matches!(process, Process::Asked | Process::Running))
-                {
+                if self.processes.get(&id).is_some_and(|process| matches!(process, Process::Asked | Process::Running)) {
                     self.ready.insert(id);
                 }
             }
-            Event::Exited {
-                generation, alone, ..
-            } => {
-                let left = if alone {
-                    Process::Gone
-                } else {
-                    Process::MainGone
-                };
+            Event::Exited { generation, alone, .. } => {
+                let left = if alone { Process::Gone } else { Process::MainGone };
                 self.processes.insert(generation, left);
             }
             Event::Emptied(id) => drop(self.processes.insert(id, Process::Gone)),
-            Event::Drained(_)
-            | Event::Extended(..)
-            | Event::WatchdogExpired(_)
-            | Event::Timeout => {}
+            Event::Drained(_) | Event::Extended(..) | Event::WatchdogExpired(_) | Event::Timeout => {}
         }
     }
 
@@ -116,10 +103,7 @@ impl World {
                 self.open.insert(id);
                 if request == Request::Upgrade {
                     self.fresh_owed = true;
-                    if let Some(pending) = before
-                        .pending()
-                        .filter(|pending| pending.kind == Kind::Upgrade)
-                    {
+                    if let Some(pending) = before.pending().filter(|pending| pending.kind == Kind::Upgrade) {
                         self.require(ONE, id == pending.upgrade);
                     }
                 }
@@ -128,20 +112,12 @@ impl World {
                 let same = before.serving() == after.serving() && before.stage() == after.stage();
                 self.require(UNCHANGED, same);
             }
-            (Request::Upgrade | Request::Rollback | Request::Restart, Answer::Stopping) => {
-                self.require(ALIVE, false)
-            }
+            (Request::Upgrade | Request::Rollback | Request::Restart, Answer::Stopping) => self.require(ALIVE, false),
         }
     }
 
     /// The core's answer to an event or request.
-    pub fn performs(
-        &mut self,
-        action: &Action,
-        cause: Option<Event>,
-        before: &Machine,
-        after: &Machine,
-    ) {
+    pub fn performs(&mut self, action: &Action, cause: Option<Event>, before: &Machine, after: &Machine) {
         self.require(QUEUE, self.finished.is_none());
         match *action {
             Action::Spawn { generation, source } => {
@@ -153,31 +129,19 @@ impl World {
             }
             Action::Switch { to, .. } => {
                 self.ever_ready = true;
-                let lives = self
-                    .processes
-                    .get(&to)
-                    .is_some_and(|p| matches!(p, Process::Asked | Process::Running));
+                let lives = self.processes.get(&to).is_some_and(|p| matches!(p, Process::Asked | Process::Running));
                 self.require(READY_FIRST, self.ready.contains(&to) && lives);
             }
             Action::Drain(id) | Action::Stop(id) | Action::Abort(id) | Action::Kill(id) => {
                 self.told_to_end.insert(id);
                 self.may_be_told_to_end(id, cause, before, after);
-                let exists = self
-                    .processes
-                    .get(&id)
-                    .is_some_and(|&process| process != Process::Gone);
+                let exists = self.processes.get(&id).is_some_and(|&process| process != Process::Gone);
                 self.require(NOTHING_LEFT, exists);
             }
-            Action::Release(id) => self.require(
-                NOTHING_LEFT,
-                self.processes.get(&id) == Some(&Process::Gone),
-            ),
+            Action::Release(id) => self.require(NOTHING_LEFT, self.processes.get(&id) == Some(&Process::Gone)),
             Action::Notice(notice) => self.told(notice, before, after),
             Action::Finish(finish) => {
-                let gone = self
-                    .processes
-                    .values()
-                    .all(|&process| process == Process::Gone);
+                let gone = self.processes.values().all(|&process| process == Process::Gone);
                 self.require(NOTHING_LEFT, gone);
                 self.require(QUEUE, gone);
                 self.require(ALIVE, self.open.is_empty());
@@ -188,21 +152,13 @@ impl World {
     }
 
     /// Whoever served is told to end only when another is ready, when everything ends, or when it is lost itself.
-    fn may_be_told_to_end(
-        &mut self,
-        id: GenerationId,
-        cause: Option<Event>,
-        before: &Machine,
-        after: &Machine,
-    ) {
-        let wanted = before.serving() == Some(id)
-            || matches!(before.stage(), Stage::Baking { standby, .. } if standby == id);
+    fn may_be_told_to_end(&mut self, id: GenerationId, cause: Option<Event>, before: &Machine, after: &Machine) {
+        let wanted =
+            before.serving() == Some(id) || matches!(before.stage(), Stage::Baking { standby, .. } if standby == id);
         if !wanted {
             return;
         }
-        let replaced = after
-            .serving()
-            .is_some_and(|serving| serving != id && self.ready.contains(&serving));
+        let replaced = after.serving().is_some_and(|serving| serving != id && self.ready.contains(&serving));
         let ending = !matches!(after.life(), Life::Running);
         let lost = match cause {
             Some(Event::Exited { generation, .. }) => generation == id,
@@ -216,27 +172,21 @@ impl World {
 
     fn told(&mut self, notice: Notice, before: &Machine, after: &Machine) {
         match notice {
-            Notice::Queued(id, _) | Notice::Started { upgrade: id, .. } => {
-                drop(self.open.insert(id))
-            }
+            Notice::Queued(id, _) | Notice::Started { upgrade: id, .. } => drop(self.open.insert(id)),
             Notice::Ended(id, outcome) => {
                 let was_open = self.open.remove(&id);
                 self.require(ALIVE, was_open);
                 if matches!(outcome, Outcome::Superseded | Outcome::Cancelled)
                     && before.pending().is_none_or(|pending| pending.upgrade == id)
-                    && after
-                        .pending()
-                        .is_none_or(|pending| pending.kind != Kind::Upgrade)
+                    && after.pending().is_none_or(|pending| pending.kind != Kind::Upgrade)
                 {
                     self.fresh_owed = false;
                 }
-                if matches!(outcome, Outcome::Failed(_))
-                    && matches!(before.stage(), Stage::Starting(_))
-                {
+                if matches!(outcome, Outcome::Failed(_)) && matches!(before.stage(), Stage::Starting(_)) {
                     // What served goes on: same generation, same phase.
-                    let same = before.serving().is_none_or(|id| {
-                        after.serving() == Some(id) && phase(before, id) == phase(after, id)
-                    });
+                    let same = before
+                        .serving()
+                        .is_none_or(|id| after.serving() == Some(id) && phase(before, id) == phase(after, id));
                     self.require(UNCHANGED, same || after.life() != Life::Running);
                 }
             }
@@ -257,12 +207,7 @@ impl World {
     pub fn settled(&mut self, machine: &Machine, now: Time) {
         let candidates = machine
             .generations()
-            .filter(|(_, generation)| {
-                matches!(
-                    generation.phase,
-                    Phase::Spawning { .. } | Phase::Starting { .. }
-                )
-            })
+            .filter(|(_, generation)| matches!(generation.phase, Phase::Spawning { .. } | Phase::Starting { .. }))
             .count();
         self.require(ONE, candidates <= 1);
         let serving: Vec<_> = machine
@@ -272,45 +217,29 @@ impl World {
             .collect();
         self.require(ONE, serving == Vec::from_iter(machine.serving()));
         if self.fresh_owed {
-            let waits = machine
-                .pending()
-                .is_some_and(|pending| pending.kind == Kind::Upgrade);
+            let waits = machine.pending().is_some_and(|pending| pending.kind == Kind::Upgrade);
             self.require(FRESH, waits);
         }
         for (id, generation) in machine.generations() {
             // Whatever is on its way out has an end in sight, or waits for the driver's answer.
             let ends = generation.deadline().is_some() || generation.phase == Phase::Aborting;
             self.require(NOTHING_LEFT, !generation.is_leaving() || ends);
-            self.require(
-                NOTHING_LEFT,
-                self.processes
-                    .get(&id)
-                    .is_some_and(|&process| process != Process::Gone),
-            );
+            self.require(NOTHING_LEFT, self.processes.get(&id).is_some_and(|&process| process != Process::Gone));
         }
         if machine.life() == Life::Running {
             let idle = matches!(machine.stage(), Stage::Idle);
             self.require(ALIVE, !(idle && machine.serving().is_none()));
-            let leaving = machine
-                .generations()
-                .filter(|(_, generation)| generation.is_leaving())
-                .count();
+            let leaving = machine.generations().filter(|(_, generation)| generation.is_leaving()).count();
             let free = matches!(machine.stage(), Stage::Idle | Stage::Backoff { .. });
             let waits = leaving >= machine.policy().max_draining && machine.serving().is_some();
             self.require(ALIVE, machine.pending().is_none() || !free || waits);
         } else if !matches!(machine.life(), Life::LameDuck { .. }) {
-            self.require(
-                ALIVE,
-                machine.generations().count() > 0 || self.finished.is_some(),
-            );
+            self.require(ALIVE, machine.generations().count() > 0 || self.finished.is_some());
         }
         self.require(ALIVE, machine.poll_timeout().is_none_or(|due| due > now));
     }
 }
 
 fn phase(machine: &Machine, id: GenerationId) -> Option<Phase> {
-    machine
-        .generations()
-        .find(|(other, _)| *other == id)
-        .map(|(_, generation)| generation.phase)
+    machine.generations().find(|(other, _)| *other == id).map(|(_, generation)| generation.phase)
 }
