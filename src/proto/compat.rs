@@ -9,7 +9,7 @@ pub struct Handed<'a> {
     pub fd: i32,
 }
 
-/// `SERVER_STARTER_PORT` and `SERVER_STARTER_GENERATION` of start_server (Server::Starter):
+/// `SERVER_STARTER_PORT` and `SERVER_STARTER_GENERATION` of `start_server` (`Server::Starter`):
 /// `127.0.0.1:80=3;/run/x.sock=4`. It knows TCP and Unix streams; others are left out.
 #[must_use]
 pub fn start_server(listeners: &[Handed<'_>], generation: u32) -> [(String, String); 2] {

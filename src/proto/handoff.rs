@@ -341,7 +341,7 @@ mod tests {
         assert!(listeners.encode().is_ok());
         let longest = FromGeneration::Status { text: "\u{1}".repeat(MAX_STATUS) };
         assert!(longest.encode().is_ok());
-        assert!(matches!(FromGeneration::decode(&[b' '; MAX_PACKET + 1], 0), Err(HandoffError::TooLong)));
+        assert!(matches!(FromGeneration::decode(&vec![b' '; MAX_PACKET + 1], 0), Err(HandoffError::TooLong)));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`: open sockets from fd 3 on (sd_listen_fds(3)).
+//! `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`: open sockets from fd 3 on (`sd_listen_fds(3)`).
 
 /// Number of the first fd.
 pub const FIRST_FD: i32 = 3;

@@ -2,10 +2,10 @@
 //!
 //! | file | protocol |
 //! |---|---|
-//! | [`notify`] | what a service says on `NOTIFY_SOCKET` (sd_notify(3)) |
+//! | [`notify`] | what a service says on `NOTIFY_SOCKET` (`sd_notify(3)`) |
 //! | [`handoff`] | messages on the handoff socket (docs/handoff.md) |
-//! | [`listen_fds`] | `LISTEN_FDS` (sd_listen_fds(3)) |
-//! | [`compat`] | what start_server and einhorn tell their workers |
+//! | [`listen_fds`] | `LISTEN_FDS` (`sd_listen_fds(3)`) |
+//! | [`compat`] | what `start_server` and einhorn tell their workers |
 //! | [`placeholder`] | `{fd:NAME}` in arguments and environment |
 
 pub mod compat;

@@ -1,4 +1,4 @@
-//! What a service says on its `NOTIFY_SOCKET` (sd_notify(3)).
+//! What a service says on its `NOTIFY_SOCKET` (`sd_notify(3)`).
 
 use super::listen_fds::check_name;
 

@@ -1,4 +1,4 @@
-//! File descriptors and credentials over Unix sockets: SCM_RIGHTS, SCM_CREDENTIALS (unix(7)).
+//! File descriptors and credentials over Unix sockets: `SCM_RIGHTS`, `SCM_CREDENTIALS` (unix(7)).
 //!
 //! nix receives them too, but gives up on a message whose control part was cut off, and what did arrive of it would stay
 //! open for ever. Here every fd is owned before anything else is looked at.
@@ -13,6 +13,8 @@ use std::sync::Mutex;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
+use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
 
 /// How many fds a message can carry (`SCM_MAX_FD` in the kernel's net/scm.h).
 pub const MAX_FDS: usize = 253;
@@ -66,6 +68,7 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<R
     header.msg_iov = &raw mut part;
     header.msg_iovlen = 1;
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    let mut was_reset = false;
     let len = loop {
         header.msg_control = (&raw mut control).cast();
         header.msg_controllen = mem::size_of::<Control>() as _;
@@ -76,6 +79,8 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<R
             Ok(len) => break usize::try_from(len).unwrap_or(0),
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return Ok(None),
+            // The peer closed without reading all. It is told once, and before what the peer itself had sent.
+            Err(Errno::ECONNRESET) if !was_reset => was_reset = true,
             Err(errno) => return Err(errno.into()),
         }
     };
@@ -88,6 +93,12 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<R
     // SAFETY: recvmsg(2) filled in the header; it and its control area are untouched since.
     unsafe { take_control(&header, &mut received) };
     Ok(Some(received))
+}
+
+/// An fd in the runtime's care, to be awaited. Within a runtime only.
+pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is open, and the same one, for as long as the AsyncFd owns it; only shared references leave it.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// Takes ownership of an fd that this process was started with, as its environment says. Close-on-exec from then on.
@@ -128,6 +139,7 @@ const fn space(len: usize) -> usize {
 
 /// # Safety
 /// `header` is as recvmsg(2) left it, and its fds have no owner yet.
+#[allow(clippy::cast_ptr_alignment)] // read_unaligned
 unsafe fn take_control(header: &libc::msghdr, received: &mut Received) {
     // SAFETY: cmsg(3) walks the control area that the kernel filled in, within the length that it set.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
@@ -218,6 +230,16 @@ mod tests {
         assert_eq!(receive(other.as_fd(), &mut [0; 8]).unwrap().unwrap().len, 0);
         let error = send(other.as_fd(), b"x", &[]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn what_was_said_before_a_reset_is_received() {
+        let (one, other) = seqpacket();
+        send(other.as_fd(), b"never read", &[]).unwrap();
+        send(one.as_fd(), b"last words", &[]).unwrap();
+        drop(one);
+        assert_eq!(receive(other.as_fd(), &mut [0; 16]).unwrap().unwrap().len, 10);
+        assert_eq!(receive(other.as_fd(), &mut [0; 16]).unwrap().unwrap().len, 0);
     }
 
     #[test]
