@@ -1,1 +1,7 @@
 //! Processes: programs, spawning, reaping, groups, output.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`limits`] | resource limits |
+
+pub mod limits;
