@@ -8,3 +8,5 @@ pub mod pidfd;
 pub mod readiness;
 pub mod scm;
 pub mod socket;
+#[cfg(feature = "cli")]
+pub mod wait;
