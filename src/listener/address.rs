@@ -22,7 +22,7 @@ use percent_encoding::{percent_decode_str, percent_encode, AsciiSet, CONTROLS};
 /// What may not stand for itself in a path or an option's value.
 pub(super) const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'%').add(b'?').add(b'#').add(b'&').add(b'"');
 
-/// Bytes that fit into a sockaddr_un beside the NUL that ends a path, or begins an abstract name.
+/// Bytes that fit into a `sockaddr_un` beside the NUL that ends a path, or begins an abstract name.
 const UNIX_MOST: usize = 107;
 
 /// Where a service listens.

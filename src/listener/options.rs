@@ -12,36 +12,37 @@ use super::address::{Address, Host, Transport, ENCODED};
 
 /// How a listener's socket is made. What is not given is left as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[allow(clippy::struct_excessive_bools)] // each is a switch of its own
 pub struct Options {
     /// Connections that may wait in the queue.
     pub backlog: Option<i32>,
-    /// SO_REUSEPORT: others of the same user may bind the address too.
+    /// `SO_REUSEPORT`: others of the same user may bind the address too.
     pub reuseport: bool,
-    /// IPV6_V6ONLY.
+    /// `IPV6_V6ONLY`.
     pub v6only: Option<bool>,
-    /// SO_BINDTODEVICE: only what comes in by this interface.
+    /// `SO_BINDTODEVICE`: only what comes in by this interface.
     pub device: Option<String>,
-    /// IP_FREEBIND: the address need not be there yet.
+    /// `IP_FREEBIND`: the address need not be there yet.
     pub freebind: bool,
-    /// IP_TRANSPARENT: the address need not be ours at all.
+    /// `IP_TRANSPARENT`: the address need not be ours at all.
     pub transparent: bool,
-    /// TCP_NODELAY on every connection.
+    /// `TCP_NODELAY` on every connection.
     pub nodelay: bool,
-    /// SO_KEEPALIVE on every connection.
+    /// `SO_KEEPALIVE` on every connection.
     pub keepalive: bool,
-    /// TCP_FASTOPEN: how many at once.
+    /// `TCP_FASTOPEN`: how many at once.
     pub fastopen: Option<i32>,
-    /// TCP_DEFER_ACCEPT, in seconds.
+    /// `TCP_DEFER_ACCEPT`, in seconds.
     pub defer_accept: Option<i32>,
-    /// SO_RCVBUF, in bytes.
+    /// `SO_RCVBUF`, in bytes.
     pub rcvbuf: Option<i32>,
-    /// SO_SNDBUF, in bytes.
+    /// `SO_SNDBUF`, in bytes.
     pub sndbuf: Option<i32>,
-    /// SO_MARK.
+    /// `SO_MARK`.
     pub mark: Option<u32>,
-    /// SO_PRIORITY.
+    /// `SO_PRIORITY`.
     pub priority: Option<u32>,
-    /// IP_TOS and IPV6_TCLASS.
+    /// `IP_TOS` and `IPV6_TCLASS`.
     pub tos: Option<u8>,
     /// Permissions of the socket's file.
     pub mode: Option<u32>,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::address::{Address, AddressError};
 use super::options::{OptionError, Options};
 
-/// Longest name, as systemd has it (sd_listen_fds(3)).
+/// Longest name, as systemd has it (`sd_listen_fds(3)`).
 const NAME_MOST: usize = 255;
 
 /// A listener as it was asked for, perhaps without a name.

@@ -1,16 +1,17 @@
 //! Socket calls and options that std, nix and socket2 do not have safely.
+#![allow(clippy::cast_possible_truncation)] // of sizes of small structures
 
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Lets that many connections send data with their first packet (TCP_FASTOPEN, tcp(7)).
+/// Lets that many connections send data with their first packet (`TCP_FASTOPEN`, tcp(7)).
 pub fn set_fastopen(socket: impl AsFd, queue: i32) -> io::Result<()> {
     set_tcp(socket, libc::TCP_FASTOPEN, queue)
 }
 
-/// Wakes a server only once data came, or after that many seconds (TCP_DEFER_ACCEPT, tcp(7)).
+/// Wakes a server only once data came, or after that many seconds (`TCP_DEFER_ACCEPT`, tcp(7)).
 pub fn set_defer_accept(socket: impl AsFd, seconds: i32) -> io::Result<()> {
     set_tcp(socket, libc::TCP_DEFER_ACCEPT, seconds)
 }
@@ -56,7 +57,17 @@ pub fn tcp_backlog(socket: impl AsFd) -> io::Result<u32> {
     }
 }
 
-/// First of the fds that systemd passes (sd_listen_fds(3)).
+/// Whether shutdown(2) was called on a socket for reading, which a listening Unix socket does not come back from.
+pub fn is_shut_down(socket: impl AsFd) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: socket.as_fd().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one live pollfd is given and its fd is borrowed for the call, which does not wait.
+    if unsafe { libc::poll(&raw mut polled, 1, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(polled.revents & libc::POLLRDHUP != 0)
+}
+
+/// First of the fds that systemd passes (`sd_listen_fds(3)`).
 const FIRST_PASSED: RawFd = 3;
 
 static TAKEN: AtomicBool = AtomicBool::new(false);
