@@ -95,8 +95,8 @@ impl Program {
         }
         let path = opened_path(&held, &file).or_else(|| fs::canonicalize(&found).ok()).unwrap_or_else(|| found.clone());
         let held = File::from(held);
-        let mut head = [0; 2];
-        let script = readable && held.read_exact_at(&mut head, 0).is_ok() && &head == b"#!";
+        let mut start = [0; 2];
+        let script = readable && held.read_exact_at(&mut start, 0).is_ok() && &start == b"#!";
         Ok(Program { found, path, held: held.into(), readable, script, file, sha256: OnceLock::new() })
     }
 

@@ -1,5 +1,5 @@
-//! Processes held by an fd, so that no pid that is used again is ever meant: pidfd_open(2), pidfd_send_signal(2),
-//! pidfd_getfd(2).
+//! Processes held by an fd, so that no pid that is used again is ever meant: `pidfd_open(2)`,
+//! `pidfd_send_signal(2)`, `pidfd_getfd(2)`.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

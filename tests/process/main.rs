@@ -1,0 +1,7 @@
+//! Real processes: what a child is and has, why one cannot be started, groups, output.
+//!
+//! The reaper reaps every child, so these tests take turns, and no child is made here in any other way.
+
+mod children;
+mod failures;
+mod inheritance;
