@@ -5,5 +5,8 @@
 pub mod exec;
 #[cfg(feature = "cli")]
 pub mod pidfd;
+pub mod readiness;
 pub mod scm;
 pub mod socket;
+#[cfg(feature = "cli")]
+pub mod wait;
