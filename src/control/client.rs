@@ -221,7 +221,7 @@ impl Events {
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         loop {
             let strange = |error: SseError| self.client.strange(error.to_string());
-            if let Some(event) = self.decoder.next().map_err(strange)? {
+            if let Some(event) = self.decoder.event().map_err(strange)? {
                 return Ok(Some(event));
             }
             match self.body.frame().await {

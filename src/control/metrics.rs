@@ -1,4 +1,4 @@
-//! The state as OpenMetrics text.
+//! The state as `OpenMetrics` text.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;

@@ -7,7 +7,7 @@
 //! | [`server`], [`answers`] | the supervisor's end: connections and their limits; what each path answers |
 //! | [`client`] | the command line's end |
 //! | [`sse`] | events as text (server-sent events) |
-//! | [`metrics`] | the state as OpenMetrics text |
+//! | [`metrics`] | the state as `OpenMetrics` text |
 
 pub mod answers;
 pub mod client;

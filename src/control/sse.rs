@@ -45,7 +45,7 @@ impl Decoder {
     }
 
     /// The next event that is whole.
-    pub fn next(&mut self) -> Result<Option<Event>, SseError> {
+    pub fn event(&mut self) -> Result<Option<Event>, SseError> {
         while let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.pending.drain(..=end).collect();
             let line = line.trim_ascii_end();
@@ -80,7 +80,7 @@ mod tests {
             let mut got = Vec::new();
             for piece in text.as_bytes().chunks(size) {
                 decoder.push(piece);
-                while let Some(event) = decoder.next().unwrap() {
+                while let Some(event) = decoder.event().unwrap() {
                     got.push(event);
                 }
             }
@@ -92,15 +92,15 @@ mod tests {
     fn comments_and_crlf_are_fine_and_garbage_is_an_error() {
         let mut decoder = Decoder::default();
         decoder.push(b": hello\r\n\r\nid: 1\r\ndata: {\"event\":\"lagged\",\r\ndata: \"missed\":1}\r\n\r\n");
-        assert_eq!(decoder.next().unwrap(), Some(Event::Lagged { missed: 1 }));
+        assert_eq!(decoder.event().unwrap(), Some(Event::Lagged { missed: 1 }));
         decoder.push(b"data: nonsense\n\n");
-        assert!(decoder.next().is_err());
+        assert!(decoder.event().is_err());
     }
 
     #[test]
     fn an_endless_line_is_given_up() {
         let mut decoder = Decoder::default();
         decoder.push(&vec![b'x'; MOST + 1]);
-        assert!(matches!(decoder.next(), Err(SseError::TooLong)));
+        assert!(matches!(decoder.event(), Err(SseError::TooLong)));
     }
 }
