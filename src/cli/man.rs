@@ -19,7 +19,8 @@ pub struct Flags {
 
 /// Prints a page, or writes all.
 pub fn run(flags: &Flags) -> Result<Exit, Failure> {
-    let mut command = Cli::command();
+    // Pages of `help` would say nothing new.
+    let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
     if let Some(directory) = &flags.to {
         let write = |source| Failure::System { step: "write the manual pages", source };
