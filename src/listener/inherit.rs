@@ -1,0 +1,245 @@
+//! Sockets that systemd passed to zddsup (`LISTEN_FDS`, `sd_listen_fds(3)`): used in the place of ones that it would bind.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use socket2::SockRef;
+
+use super::address::Address;
+use super::error::{BindError, Why};
+use super::spec::{self, ListenFlag, ListenerSpec};
+use super::{absolute, bind, error, meets, Listener};
+use crate::proto::listen_fds::{self, ListenFdsError};
+use crate::sys::socket::take_passed_fds;
+
+/// What was passed and is not used yet.
+#[derive(Debug, Default)]
+pub struct Inherited(Vec<Passed>);
+
+#[derive(Debug)]
+struct Passed {
+    name: String,
+    fd: OwnedFd,
+    bound: Address,
+}
+
+/// Every listener of a service.
+#[derive(Debug)]
+pub struct Bound {
+    /// In the order of the flags; if there are none, in the order in which they were passed.
+    pub listeners: Vec<Listener>,
+    /// Sockets that were passed and that no flag asked for: name and address. They are closed.
+    pub unused: Vec<String>,
+}
+
+/// Why what was passed cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum InheritError {
+    /// The variables make no sense.
+    #[error(transparent)]
+    Variables(#[from] ListenFdsError),
+    /// There are none.
+    #[error("LISTEN_FDS says that {count} sockets were passed from fd 3 on, but: {source}; unset LISTEN_FDS")]
+    Fds {
+        /// How many.
+        count: usize,
+        /// Why they cannot be taken.
+        source: io::Error,
+    },
+}
+
+impl Inherited {
+    /// Takes what was passed to this process, and the variables out of its environment: they are not for its children.
+    /// To be called before the first thread is made and before anything is opened.
+    pub fn take() -> Result<Inherited, InheritError> {
+        let names = listen_fds::decode(|key| std::env::var(key).ok(), std::process::id());
+        for key in listen_fds::VARS {
+            std::env::remove_var(key);
+        }
+        let names = names?;
+        if names.is_empty() {
+            return Ok(Inherited::default());
+        }
+        let fds = take_passed_fds(names.len()).map_err(|source| InheritError::Fds { count: names.len(), source })?;
+        Ok(Inherited::from_fds(names.into_iter().zip(fds)))
+    }
+
+    /// The same from fds that are held. What is no socket that can be listened on is let go.
+    pub fn from_fds(passed: impl IntoIterator<Item = (String, OwnedFd)>) -> Inherited {
+        let usable = passed.into_iter().filter_map(|(name, fd)| {
+            let socket = SockRef::from(&fd);
+            let bound = match bind::address_of(&socket) {
+                Ok(_) if socket.peer_addr().is_ok() => Err(io::Error::other("it is a connection")),
+                other => other,
+            };
+            match bound {
+                Ok(bound) => Some(Passed { name, fd, bound }),
+                Err(error) => {
+                    tracing::warn!(name, "systemd passed something that cannot be listened on, ignored: {error}");
+                    None
+                }
+            }
+        });
+        Inherited(usable.collect())
+    }
+
+    /// Whether nothing was passed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes the socket for a listener: the one of its name, else the one at its address. None if there is none.
+    pub fn take_for(&mut self, spec: &ListenerSpec) -> Result<Option<Listener>, BindError> {
+        let mut spec = absolute(spec)?;
+        let named = |passed: &Passed| passed.name == spec.name;
+        // Any port is no address by which something could be found.
+        let exact = !matches!(spec.address, Address::Inet { port: 0, .. });
+        let there = |passed: &Passed| exact && meets(&spec.address, &passed.bound);
+        let places = [
+            self.0.iter().position(|passed| named(passed) && there(passed)),
+            self.0.iter().position(named),
+            self.0.iter().position(there),
+        ];
+        let Some(place) = places.into_iter().flatten().next() else { return Ok(None) };
+        let passed = self.0.remove(place);
+        if !same_kind(&spec.address, &passed.bound) {
+            return Err(error(&spec, Why::Other { passed: passed.bound.to_string() }));
+        }
+        // Found by its name: where it is bound, is systemd's to say.
+        spec.address = passed.bound;
+        Listener::passed(passed.fd, spec).map(Some)
+    }
+
+    /// All of a service's listeners: those that were passed, the others bound; all that were passed where no flag asks
+    /// for any. When one cannot be had, those that were bound are let go.
+    pub fn bind_all(mut self, specs: &[ListenerSpec]) -> Result<Bound, BindError> {
+        if specs.is_empty() {
+            let listeners = self.into_listeners()?;
+            return Ok(Bound { listeners, unused: Vec::new() });
+        }
+        let mut bind = |spec| match self.take_for(spec)? {
+            Some(listener) => Ok(listener),
+            None => Listener::bind(spec),
+        };
+        let listeners = specs.iter().map(&mut bind).collect::<Result<_, _>>()?;
+        Ok(Bound { listeners, unused: self.unused() })
+    }
+
+    /// What no listener took.
+    #[must_use]
+    pub fn unused(&self) -> Vec<String> {
+        self.0.iter().map(|passed| format!("{} ({})", passed.name, passed.bound)).collect()
+    }
+
+    /// Every socket that was passed, each by a name of its own.
+    fn into_listeners(self) -> Result<Vec<Listener>, BindError> {
+        let flags = self.0.iter().map(|passed| ListenFlag {
+            name: (passed.name != listen_fds::UNNAMED).then(|| as_name(&passed.name)),
+            address: passed.bound.clone(),
+            options: super::options::Options::default(),
+        });
+        let mut specs = ListenFlag::name_all(flags.collect());
+        // Sockets of one unit have its name.
+        for place in 1..specs.len() {
+            let (before, this) = specs.split_at_mut(place);
+            let is_taken = |name: &str| before.iter().any(|spec| spec.name == name);
+            let name = this[0].name.clone();
+            let mut number = 2;
+            while is_taken(&this[0].name) {
+                this[0].name = format!("{name}-{number}");
+                number += 1;
+            }
+        }
+        specs.into_iter().zip(self.0).map(|(spec, passed)| Listener::passed(passed.fd, spec)).collect()
+    }
+}
+
+/// systemd allows more in a name than we do.
+fn as_name(text: &str) -> String {
+    let name: String =
+        text.chars().map(|char| if spec::is_name(&char.to_string()) || char == '@' { char } else { '-' }).collect();
+    name.strip_prefix('@').map_or_else(|| name.clone(), |rest| format!("-{rest}"))
+}
+
+fn same_kind(wanted: &Address, passed: &Address) -> bool {
+    match (wanted, passed) {
+        (Address::Inet { transport: wanted, .. }, Address::Inet { transport: passed, .. }) => wanted == passed,
+        (Address::Unix { kind: wanted, .. }, Address::Unix { kind: passed, .. }) => wanted == passed,
+        (Address::Inet { .. }, Address::Unix { .. }) | (Address::Unix { .. }, Address::Inet { .. }) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::unix::net::UnixListener;
+
+    fn tcp() -> (OwnedFd, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        (listener.into(), address)
+    }
+
+    fn specs(flags: &[&str]) -> Vec<ListenerSpec> {
+        ListenFlag::name_all(flags.iter().map(|flag| flag.parse().unwrap()).collect())
+    }
+
+    fn names(bound: &Bound) -> Vec<&str> {
+        bound.listeners.iter().map(Listener::name).collect()
+    }
+
+    #[test]
+    fn without_flags_all_are_used_and_each_has_a_name() {
+        let fds = ["web.socket", "web.socket", "a b", "web.socket"].map(|name| (name.to_owned(), tcp().0));
+        let bound = Inherited::from_fds(fds).bind_all(&[]).unwrap();
+        assert_eq!(names(&bound), ["web.socket", "web.socket-2", "a-b", "web.socket-3"]);
+        let bound = Inherited::from_fds([(listen_fds::UNNAMED.to_owned(), tcp().0)]).bind_all(&[]).unwrap();
+        assert_eq!(names(&bound), ["listener"]);
+    }
+
+    #[test]
+    fn flags_find_theirs_by_name_and_by_address_and_bind_the_rest() {
+        let (one, at_one) = tcp();
+        let (two, at_two) = tcp();
+        let (three, _) = tcp();
+        let inode = nix::sys::stat::fstat(&one).unwrap().st_ino;
+        let fds = [("x".to_owned(), one), ("admin".to_owned(), two), ("spare".to_owned(), three)];
+        let bound = Inherited::from_fds(fds)
+            .bind_all(&specs(&[&format!("web={at_one}"), "admin=127.0.0.1:1", "new=127.0.0.1:0"]))
+            .unwrap();
+        assert_eq!(names(&bound), ["web", "admin", "new"]);
+        assert_eq!(bound.listeners[0].inode(), inode);
+        assert_eq!(bound.listeners[1].address(), format!("tcp://{at_two}"));
+        assert_eq!(bound.unused.len(), 1);
+        assert!(bound.unused[0].starts_with("spare (tcp://127.0.0.1:"));
+    }
+
+    #[test]
+    fn another_kind_by_the_same_name_is_refused() {
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let error =
+            Inherited::from_fds([("web".to_owned(), udp.into())]).bind_all(&specs(&["web=127.0.0.1:0"])).unwrap_err();
+        assert!(error.to_string().contains("udp://127.0.0.1"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_listened_on_is_ignored() {
+        let (listener, address) = tcp();
+        let connection = TcpStream::connect(address).unwrap();
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let fds = [("c".to_owned(), connection.into()), ("p".to_owned(), pipe), ("l".to_owned(), listener)];
+        assert_eq!(names(&Inherited::from_fds(fds).bind_all(&[]).unwrap()), ["l"]);
+    }
+
+    #[test]
+    fn the_file_of_a_passed_socket_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let spec = format!("web={}", path.display());
+        drop(Inherited::from_fds([("x".to_owned(), listener.into())]).bind_all(&specs(&[&spec])).unwrap());
+        assert!(path.exists());
+    }
+}
