@@ -1,2 +1,7 @@
 //! The `zddsup` command: parse, dispatch, exit code; nothing else.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    zddsup::cli::main()
+}

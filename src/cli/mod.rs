@@ -1,1 +1,151 @@
 //! Command line: one file a subcommand.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | [`upgrade`], [`rollback`], [`restart`] | ask for a transaction … |
+//! | [`wait`], [`verdict`], [`progress`] | … follow it, say how it ended, show how far it is |
+//! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
+//! | [`completions`], [`man`] | for shells and manuals |
+//! | [`target`] | which service is meant |
+//! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
+
+pub mod completions;
+pub mod events;
+pub mod exit;
+pub mod log;
+pub mod man;
+pub mod progress;
+pub mod restart;
+pub mod rollback;
+pub mod status;
+pub mod stop;
+pub mod target;
+pub mod text;
+pub mod upgrade;
+pub mod verdict;
+pub mod wait;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use exit::{Exit, Failure};
+
+/// Upgrade any server without refusing, resetting or delaying a connection
+///
+/// zddsup holds a server's sockets open, starts new versions of it beside the old one, and lets the old one finish what it
+/// has once the new one has shown that it can serve. A version that cannot is gone again, and the old one serves on.
+#[derive(Debug, Parser)]
+#[command(name = "zddsup", version, max_term_width = 110, arg_required_else_help = true)]
+#[command(
+    after_help = "See `zddsup help SUBCOMMAND` for its options, and `zddsup --help` for examples and exit codes."
+)]
+#[command(after_long_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+EXAMPLES
+  Run a server on port 8080, which it gets as fd 3 (LISTEN_FDS):
+      zddsup run --listen 8080 -- ./server
+  Put a new version in its place, and wait until the old one is gone:
+      zddsup upgrade --wait
+  See what there is, as it changes:
+      zddsup status --watch
+  Back to the version before:
+      zddsup rollback
+  Stop, once every connection has been finished:
+      zddsup stop
+
+EXIT CODES
+  0  done as asked
+  1  something else went wrong
+  2  wrong usage, or an invalid configuration
+  3  the upgrade failed; the version from before serves on
+  4  --timeout passed; what was asked for goes on
+  5  no supervisor was reached, or it went away before the result was known
+  6  refused, nothing was changed
+  7  another request took its place, or it was rolled back or called off
+ 10  run: no version ever became ready
+ 11  run: the service was lost more often than --restart-limit allows
+     run: a service that ended by itself gives its own status, 128 + N for signal N
+";
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the service: generations, listeners, the last upgrades
+    Status(status::Flags),
+    /// Put a new generation in the place of the one that serves
+    ///
+    /// Program, working directory and environment files are looked up anew. The old generation stops only when the new one
+    /// has shown that it can serve. The exit code tells how it went.
+    Upgrade(upgrade::Flags),
+    /// Go back to the version before
+    ///
+    /// During the bake, that is a switch back at once; afterwards, a new generation of the previous program, which zddsup
+    /// has kept open, so its file may have been replaced.
+    Rollback(rollback::Flags),
+    /// Put a new process of the same version in the place of the one that serves
+    Restart(restart::Flags),
+    /// Stop the service and its supervisor, once connections have been finished
+    Stop(stop::Flags),
+    /// Print what happens, as it happens
+    Events(events::Flags),
+    /// Print a completion script for a shell
+    Completions(completions::Flags),
+    /// Print the manual page
+    Man(man::Flags),
+}
+
+/// Parses, does, and gives the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let done = dispatch(Cli::parse().command);
+    let exit = done.unwrap_or_else(|failure| {
+        failure.say();
+        failure.exit()
+    });
+    exit.into()
+}
+
+fn dispatch(command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Status(flags) => status::run(&flags),
+        Command::Upgrade(flags) => upgrade::run(&flags),
+        Command::Rollback(flags) => rollback::run(&flags),
+        Command::Restart(flags) => restart::run(&flags),
+        Command::Stop(flags) => stop::run(&flags),
+        Command::Events(flags) => events::run(&flags),
+        Command::Completions(flags) => completions::run(&flags),
+        Command::Man(flags) => man::run(&flags),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use std::time::Duration;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wait_may_stand_alone_or_say_until_what() {
+        let parse = |args: &[&str]| match Cli::try_parse_from(args).unwrap().command {
+            Command::Upgrade(flags) => flags.waiting.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(parse(&["zddsup", "upgrade"]).wait, wait::Until::Result);
+        assert_eq!(parse(&["zddsup", "upgrade", "--wait"]).wait, wait::Until::Retired);
+        let some = parse(&["zddsup", "upgrade", "--wait=accepted", "--timeout", "90"]);
+        assert_eq!((some.wait, some.timeout), (wait::Until::Accepted, Some(Duration::from_secs(90))));
+        assert!(Cli::try_parse_from(["zddsup", "upgrade", "--wait", "accepted"]).is_err());
+    }
+}

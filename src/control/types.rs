@@ -1,5 +1,6 @@
 //! What travels on the control socket.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ pub struct Status {
     pub restarts: u64,
     /// Fds in the store.
     pub stored_fds: usize,
+    /// How many transactions ended how, since the supervisor's own start.
+    #[serde(default)]
+    pub ended: BTreeMap<UpgradeResult, u64>,
 }
 
 /// The supervisor itself.
@@ -80,6 +84,9 @@ pub struct Generation {
     pub connections: Option<u64>,
     /// What it last said of itself (STATUS=).
     pub status: Option<String>,
+    /// Why it is not ready yet: what its probe got last, or what is waited for.
+    #[serde(default)]
+    pub waiting_for: Option<String>,
     /// Why it ended.
     pub end: Option<String>,
 }
@@ -168,7 +175,7 @@ pub enum UpgradeKind {
 }
 
 /// How a transaction ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UpgradeResult {
     /// The new generation serves.
@@ -208,10 +215,56 @@ pub enum UpgradePhase {
     Draining,
 }
 
+/// The words that stand in JSON, for people too.
+macro_rules! words {
+    ($($name:ident { $($variant:ident => $word:literal),+ $(,)? })+) => {$(
+        impl $name {
+            /// All there are.
+            pub const ALL: &'static [$name] = &[$($name::$variant),+];
+
+            /// As it stands in JSON.
+            #[must_use]
+            pub fn word(self) -> &'static str {
+                match self { $($name::$variant => $word),+ }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.pad(self.word())
+            }
+        }
+    )+};
+}
+
+words! {
+    ServicePhase {
+        Starting => "starting", Serving => "serving", Upgrading => "upgrading", Baking => "baking",
+        Restarting => "restarting", LameDuck => "lame-duck", Stopping => "stopping",
+    }
+    GenerationPhase {
+        Starting => "starting", Serving => "serving", Standby => "standby", Draining => "draining",
+        Stopping => "stopping", Killing => "killing", Sweeping => "sweeping", Retired => "retired",
+    }
+    UpgradeKind {
+        Start => "start", Upgrade => "upgrade", Rollback => "rollback", Restart => "restart", Recovery => "recovery",
+    }
+    UpgradeResult {
+        Succeeded => "succeeded", Failed => "failed", RolledBack => "rolled-back", Superseded => "superseded",
+        Cancelled => "cancelled",
+    }
+    UpgradePhase {
+        Waiting => "waiting", Spawning => "spawning", WaitingReady => "waiting-ready", Baking => "baking",
+        Draining => "draining",
+    }
+}
+
 /// News for whoever follows the events.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
+    /// The whole state: the first event of every stream, and the one after each [`Event::Lagged`]. Made by the server.
+    Status(Box<Status>),
     /// A transaction changed.
     Upgrade(UpgradeReport),
     /// A generation changed.
@@ -221,7 +274,7 @@ pub enum Event {
         /// What it is doing now.
         phase: ServicePhase,
     },
-    /// The reader was too slow: so many were left out.
+    /// The reader was too slow: so many were left out. Made by the server.
     Lagged {
         /// How many.
         missed: u64,
@@ -262,6 +315,20 @@ pub enum Reply {
     Refused(Refusal),
 }
 
+/// A transaction was accepted, as it stands in the answer's body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// Its number.
+    pub upgrade: u64,
+}
+
+/// Stopping was accepted, as it stands in the answer's body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopping {
+    /// Always.
+    pub stopping: bool,
+}
+
 /// Why nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
@@ -287,4 +354,23 @@ pub struct Handle {
     pub commands: mpsc::Sender<Request>,
     /// Where news come from.
     pub events: broadcast::Sender<Event>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_those_of_json() {
+        fn check<T: Serialize + Copy + std::fmt::Display>(all: &[T]) {
+            for one in all {
+                assert_eq!(serde_json::to_value(one).unwrap(), one.to_string());
+            }
+        }
+        check(ServicePhase::ALL);
+        check(GenerationPhase::ALL);
+        check(UpgradeKind::ALL);
+        check(UpgradeResult::ALL);
+        check(UpgradePhase::ALL);
+    }
 }

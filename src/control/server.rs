@@ -1,0 +1,278 @@
+//! The supervisor's end of the control socket: who may connect, and how much of the supervisor a connection can have.
+//!
+//! Everything that comes in is bounded: connections, the time of each, its header, its body (none). What a peer does
+//! on its connection is that connection's matter alone.
+
+use std::convert::Infallible;
+use std::fs;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::unistd::{geteuid, Uid};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::net::UnixStream;
+use tokio::sync::{watch, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+
+use super::answers::{self, Answers};
+use super::place;
+use super::types::Handle;
+
+/// How much of the supervisor its control socket can have.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections at a time. Further ones wait in the queue.
+    pub connections: usize,
+    /// Of these, streams of events.
+    pub streams: usize,
+    /// Bytes of a request's header.
+    pub header: usize,
+    /// Time of a connection, from its accept to its last byte; streams of events have no end.
+    pub time: Duration,
+    /// Time for the supervisor to answer.
+    pub answer: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            connections: 64,
+            streams: 32,
+            header: 16 << 10,
+            time: Duration::from_secs(10),
+            answer: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why the control socket cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody answers on it.
+    #[error("control socket {0:?} is in use by a supervisor that answers: stop that one, or give another --control PATH or --name")]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{0:?} exists and is not a socket: it is left alone; give another --control PATH")]
+    NotASocket(PathBuf),
+    /// Its directory cannot be made.
+    #[error("cannot make the directory {path:?} of the control socket: {source}; give another --control PATH")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The system says no.
+    #[error("cannot {step} control socket {path:?}: {source}; give another --control PATH")]
+    Socket {
+        /// What failed.
+        step: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The bound control socket. Connections wait in its queue until it is served.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    file: SocketFile,
+    limits: Limits,
+}
+
+/// The socket's file, removed at the end if it is still ours.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
+        if ours {
+            let _gone_already = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Server {
+    /// Binds it for its owner alone. A file that a dead supervisor left is replaced.
+    pub fn bind(path: &Path) -> Result<Server, BindError> {
+        let path =
+            std::path::absolute(path).map_err(|source| BindError::Directory { path: path.to_owned(), source })?;
+        if let Some(directory) = path.parent() {
+            place::make_directory(directory, 0o700)
+                .map_err(|source| BindError::Directory { path: directory.to_owned(), source })?;
+        }
+        let failed = |step| {
+            let path = path.clone();
+            move |source| BindError::Socket { step, path, source }
+        };
+        match fs::symlink_metadata(&path) {
+            Ok(found) if !found.file_type().is_socket() => return Err(BindError::NotASocket(path)),
+            Ok(_) if place::is_alive(&path) => return Err(BindError::InUse(path)),
+            Ok(_) => fs::remove_file(&path).map_err(failed("replace the stale"))?,
+            Err(_) => {}
+        }
+        let address = SockAddr::unix(&path).map_err(failed("name (at most 107 bytes)"))?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(failed("open"))?;
+        socket.bind(&address).map_err(failed("bind"))?;
+        let made = fs::symlink_metadata(&path).map_err(failed("find"))?;
+        let file = SocketFile { path: path.clone(), identity: (made.dev(), made.ino()) };
+        // Nobody can connect before listen(2), so nobody sees the mode that the umask gave it.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed("set the mode of"))?;
+        socket.listen(128).map_err(failed("listen on"))?;
+        Ok(Server { listener: socket.into(), file, limits: Limits::default() })
+    }
+
+    /// With other limits.
+    #[must_use]
+    pub fn limited(mut self, limits: Limits) -> Server {
+        self.limits = limits;
+        self
+    }
+
+    /// Where it is bound.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
+    /// Answers until `end`, and then for as long as it takes to say the last, but no longer than a second.
+    /// Streams of events end with the last event that was sent before `end`. Dropped, it ends at once.
+    pub async fn serve(self, handle: Handle, end: impl Future<Output = ()>) {
+        let listener = match tokio::net::UnixListener::from_std(self.listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!("cannot serve the control socket: {error}; status and upgrade by SIGHUP still work");
+                return end.await;
+            }
+        };
+        let (ending, ended) = watch::channel(false);
+        let answers = Answers::new(handle, self.limits, ended);
+        let free = Arc::new(Semaphore::new(self.limits.connections));
+        let mut connections = JoinSet::new();
+        let mut end = std::pin::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                Some(_) = connections.join_next() => {}
+                (slot, accepted) = accept(&listener, free.clone()) => match accepted {
+                    Ok(stream) => {
+                        connections.spawn(connection(stream, answers.clone(), self.limits, slot));
+                    }
+                    Err(error) => {
+                        // Out of fds or memory: the connection stays in the queue, and trying at once would spin.
+                        tracing::warn!("cannot accept a control connection: {error}");
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                }
+            }
+        }
+        drop(listener);
+        drop(self.file);
+        drop(answers);
+        let _nobody_follows = ending.send(true);
+        let all = async { while connections.join_next().await.is_some() {} };
+        let _cut_off = tokio::time::timeout(Duration::from_secs(1), all).await;
+    }
+}
+
+/// The next connection, once there is room for it.
+async fn accept(
+    listener: &tokio::net::UnixListener,
+    free: Arc<Semaphore>,
+) -> (Option<OwnedSemaphorePermit>, io::Result<UnixStream>) {
+    // The semaphore is never closed.
+    let slot = free.acquire_owned().await.ok();
+    (slot, listener.accept().await.map(|(stream, _)| stream))
+}
+
+/// One connection, one request.
+async fn connection(stream: UnixStream, answers: Answers, limits: Limits, slot: Option<OwnedSemaphorePermit>) {
+    let peer = stream.peer_cred().map(|peer| Uid::from_raw(peer.uid()));
+    let streaming = Arc::new(AtomicBool::new(false));
+    let service = service_fn(|request| {
+        let (answers, streaming, peer) = (answers.clone(), streaming.clone(), peer.as_ref().ok().copied());
+        async move {
+            let response = match peer {
+                Some(peer) if may_ask(peer, geteuid()) => answers.answer(request).await,
+                Some(peer) => answers::forbidden(peer),
+                None => answers::unknown_peer(),
+            };
+            streaming.store(answers::is_stream(&response), Ordering::Relaxed);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let mut protocol = http1::Builder::new();
+    // One request a connection: there is no idle connection to be counted and timed.
+    protocol.keep_alive(false).max_buf_size(limits.header).max_headers(64);
+    protocol.timer(TokioTimer::new()).header_read_timeout(limits.time);
+    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service));
+    let done = match tokio::time::timeout(limits.time, &mut served).await {
+        Ok(done) => done,
+        Err(_too_slow) if streaming.load(Ordering::Relaxed) => served.await,
+        Err(_too_slow) => {
+            tracing::debug!("a control connection took too long: closed");
+            Ok(())
+        }
+    };
+    if let Err(error) = done {
+        tracing::debug!("control connection: {error}");
+    }
+    drop(slot);
+}
+
+/// The supervisor's own user, and root.
+fn may_ask(peer: Uid, own: Uid) -> bool {
+    peer.is_root() || peer == own
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_own_user_and_root_may_ask() {
+        let (root, web, other) = (Uid::from_raw(0), Uid::from_raw(33), Uid::from_raw(1000));
+        assert!(may_ask(web, web) && may_ask(root, web) && may_ask(root, root));
+        assert!(!may_ask(other, web) && !may_ask(web, root));
+    }
+
+    #[test]
+    fn it_is_for_its_owner_replaces_what_is_stale_and_leaves_the_rest_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/web.sock");
+        let server = Server::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o777, 0o700);
+        assert!(matches!(Server::bind(&path), Err(BindError::InUse(_))));
+        drop(server);
+        assert!(!path.exists());
+
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let server = Server::bind(&path).unwrap();
+        // Another one's file is not removed at the end.
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "mine").unwrap();
+        drop(server);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+        assert!(matches!(Server::bind(&path), Err(BindError::NotASocket(_))));
+
+        let long = dir.path().join("x".repeat(120));
+        assert!(Server::bind(&long).unwrap_err().to_string().contains("107 bytes"));
+    }
+}
