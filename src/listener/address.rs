@@ -147,6 +147,12 @@ impl Address {
         }
     }
 
+    /// Whether the kernel chooses the port.
+    #[must_use]
+    pub fn has_any_port(&self) -> bool {
+        matches!(self, Address::Inet { port: 0, .. })
+    }
+
     /// Whether a socket bound to `bound` is what this asks for.
     #[must_use]
     pub fn is_met_by(&self, bound: &Address) -> bool {

@@ -23,15 +23,6 @@ struct Passed {
     bound: Address,
 }
 
-/// Every listener of a service.
-#[derive(Debug)]
-pub struct Bound {
-    /// In the order of the flags; if there are none, in the order in which they were passed.
-    pub listeners: Vec<Listener>,
-    /// Sockets that were passed and that no flag asked for: name and address. They are closed.
-    pub unused: Vec<String>,
-}
-
 /// Why what was passed cannot be taken.
 #[derive(Debug, thiserror::Error)]
 pub enum InheritError {
@@ -94,7 +85,7 @@ impl Inherited {
         let mut spec = absolute(spec)?;
         let named = |passed: &Passed| passed.name == spec.name;
         // Any port is no address by which something could be found.
-        let exact = !matches!(spec.address, Address::Inet { port: 0, .. });
+        let exact = !spec.address.has_any_port();
         let there = |passed: &Passed| exact && meets(&spec.address, &passed.bound);
         let places = [
             self.0.iter().position(|passed| named(passed) && there(passed)),
@@ -111,29 +102,14 @@ impl Inherited {
         Listener::passed(passed.fd, spec).map(Some)
     }
 
-    /// All of a service's listeners: those that were passed, the others bound; all that were passed where no flag asks
-    /// for any. When one cannot be had, those that were bound are let go.
-    pub fn bind_all(mut self, specs: &[ListenerSpec]) -> Result<Bound, BindError> {
-        if specs.is_empty() {
-            let listeners = self.into_listeners()?;
-            return Ok(Bound { listeners, unused: Vec::new() });
-        }
-        let mut bind = |spec| match self.take_for(spec)? {
-            Some(listener) => Ok(listener),
-            None => Listener::bind(spec),
-        };
-        let listeners = specs.iter().map(&mut bind).collect::<Result<_, _>>()?;
-        Ok(Bound { listeners, unused: self.unused() })
-    }
-
     /// What no listener took.
     #[must_use]
     pub fn unused(&self) -> Vec<String> {
         self.0.iter().map(|passed| format!("{} ({})", passed.name, passed.bound)).collect()
     }
 
-    /// Every socket that was passed, each by a name of its own.
-    fn into_listeners(self) -> Result<Vec<Listener>, BindError> {
+    /// All as listeners, each by a name of its own.
+    pub fn into_listeners(self) -> Result<Vec<Listener>, BindError> {
         let flags = self.0.iter().map(|passed| ListenFlag {
             name: (passed.name != listen_fds::UNNAMED).then(|| as_name(&passed.name)),
             address: passed.bound.clone(),
@@ -182,20 +158,16 @@ mod tests {
         (listener.into(), address)
     }
 
-    fn specs(flags: &[&str]) -> Vec<ListenerSpec> {
-        ListenFlag::name_all(flags.iter().map(|flag| flag.parse().unwrap()).collect())
-    }
-
-    fn names(bound: &Bound) -> Vec<&str> {
-        bound.listeners.iter().map(Listener::name).collect()
+    fn names(listeners: &[Listener]) -> Vec<&str> {
+        listeners.iter().map(Listener::name).collect()
     }
 
     #[test]
     fn without_flags_all_are_used_and_each_has_a_name() {
         let fds = ["web.socket", "web.socket", "a b", "web.socket"].map(|name| (name.to_owned(), tcp().0));
-        let bound = Inherited::from_fds(fds).bind_all(&[]).unwrap();
+        let bound = Inherited::from_fds(fds).into_listeners().unwrap();
         assert_eq!(names(&bound), ["web.socket", "web.socket-2", "a-b", "web.socket-3"]);
-        let bound = Inherited::from_fds([(listen_fds::UNNAMED.to_owned(), tcp().0)]).bind_all(&[]).unwrap();
+        let bound = Inherited::from_fds([(listen_fds::UNNAMED.to_owned(), tcp().0)]).into_listeners().unwrap();
         assert_eq!(names(&bound), ["listener"]);
     }
 
@@ -206,21 +178,22 @@ mod tests {
         let (three, _) = tcp();
         let inode = nix::sys::stat::fstat(&one).unwrap().st_ino;
         let fds = [("x".to_owned(), one), ("admin".to_owned(), two), ("spare".to_owned(), three)];
-        let bound = Inherited::from_fds(fds)
-            .bind_all(&specs(&[&format!("web={at_one}"), "admin=127.0.0.1:1", "new=127.0.0.1:0"]))
-            .unwrap();
-        assert_eq!(names(&bound), ["web", "admin", "new"]);
-        assert_eq!(bound.listeners[0].inode(), inode);
-        assert_eq!(bound.listeners[1].address(), format!("tcp://{at_two}"));
-        assert_eq!(bound.unused.len(), 1);
-        assert!(bound.unused[0].starts_with("spare (tcp://127.0.0.1:"));
+        let mut inherited = Inherited::from_fds(fds);
+        let mut take = |flag: &str| inherited.take_for(&flag.parse().unwrap()).unwrap();
+        let web = take(&format!("web={at_one}")).unwrap();
+        assert_eq!((web.name(), web.inode()), ("web", inode));
+        assert_eq!(take("admin=127.0.0.1:1").unwrap().address(), format!("tcp://{at_two}"));
+        assert!(take("new=127.0.0.1:0").is_none());
+        let unused = inherited.unused();
+        assert!(unused.len() == 1 && unused[0].starts_with("spare (tcp://127.0.0.1:"), "{unused:?}");
     }
 
     #[test]
     fn another_kind_by_the_same_name_is_refused() {
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let error =
-            Inherited::from_fds([("web".to_owned(), udp.into())]).bind_all(&specs(&["web=127.0.0.1:0"])).unwrap_err();
+        let error = Inherited::from_fds([("web".to_owned(), udp.into())])
+            .take_for(&"web=127.0.0.1:0".parse().unwrap())
+            .unwrap_err();
         assert!(error.to_string().contains("udp://127.0.0.1"), "{error}");
     }
 
@@ -230,7 +203,7 @@ mod tests {
         let connection = TcpStream::connect(address).unwrap();
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         let fds = [("c".to_owned(), connection.into()), ("p".to_owned(), pipe), ("l".to_owned(), listener)];
-        assert_eq!(names(&Inherited::from_fds(fds).bind_all(&[]).unwrap()), ["l"]);
+        assert_eq!(names(&Inherited::from_fds(fds).into_listeners().unwrap()), ["l"]);
     }
 
     #[test]
@@ -238,8 +211,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let spec = format!("web={}", path.display());
-        drop(Inherited::from_fds([("x".to_owned(), listener.into())]).bind_all(&specs(&[&spec])).unwrap());
+        let spec = format!("web={}", path.display()).parse().unwrap();
+        let taken = Inherited::from_fds([("x".to_owned(), listener.into())]).take_for(&spec).unwrap();
+        drop(taken.unwrap());
         assert!(path.exists());
     }
 }

@@ -6,6 +6,7 @@
 //! | `bind` | a socket from it |
 //! | `stale` | files of Unix sockets |
 //! | [`inherit`] | sockets that systemd passed |
+//! | `open` | all of a service's listeners, from wherever each can be had |
 //! | [`error`], `holder` | why not, who is in the way, what to do |
 
 pub mod address;
@@ -13,6 +14,7 @@ mod bind;
 pub mod error;
 mod holder;
 pub mod inherit;
+mod open;
 pub mod options;
 pub mod spec;
 mod stale;
@@ -28,6 +30,7 @@ use socket2::{SockRef, Socket};
 
 pub use self::bind::DEFAULT_BACKLOG;
 pub use self::error::{BindError, Why};
+pub use self::open::{open, open_from, ListenError};
 pub use self::spec::{ListenFlag, ListenerSpec};
 
 use self::address::{Address, Host};
@@ -66,11 +69,6 @@ pub enum Repair {
     Untouched,
     /// It listens again.
     Relistened,
-}
-
-/// Binds all, or none: those that were bound are let go when one cannot be.
-pub fn bind_all(specs: &[ListenerSpec]) -> Result<Vec<Listener>, BindError> {
-    specs.iter().map(Listener::bind).collect()
 }
 
 impl Listener {

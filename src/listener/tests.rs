@@ -130,16 +130,6 @@ fn an_address_in_use_names_who_has_it() {
 }
 
 #[test]
-fn when_one_cannot_be_had_none_stays() {
-    let (_dir, path) = place();
-    let taken = bound("127.0.0.1:0");
-    let specs = [at(&path, ""), taken.address()].map(|text| text.parse().unwrap());
-    bind_all(&specs).unwrap_err();
-    assert!(!path.exists());
-    assert_eq!(bind_all(&specs[..1]).unwrap().len(), 1);
-}
-
-#[test]
 fn a_unix_listener_has_mode_and_owner_and_takes_its_file_along() {
     let (_dir, path) = place();
     let listener =
