@@ -3,12 +3,10 @@
 //! nix receives them too, but gives up on a message whose control part was cut off, and what did arrive of it would stay
 //! open for ever. Here every fd is owned before anything else is looked at.
 
-use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::sync::Mutex;
 
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
@@ -101,19 +99,19 @@ pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> 
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
-/// Takes ownership of an fd that this process was started with, as its environment says. Close-on-exec from then on.
-/// Standard streams, numbers that are not open, and those that were taken before are refused.
+/// Takes ownership of an fd that this process was started with, as its environment says. Standard streams and numbers
+/// that are not open are refused, and so is what is close-on-exec: that was opened since, or taken here before.
 pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
-    static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
-    let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if number <= libc::STDERR_FILENO || taken.contains(&number) {
+    if number <= libc::STDERR_FILENO {
         return Err(Errno::EBADF.into());
     }
-    // SAFETY: a number that is borrowed for one fcntl(2), which says EBADF if it is not open.
+    // SAFETY: a number that is borrowed for fcntl(2), which says EBADF if it is not open.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
+    if FdFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFD)?).contains(FdFlag::FD_CLOEXEC) {
+        return Err(Errno::EBADF.into());
+    }
     fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    taken.insert(number);
-    // SAFETY: it is open, whoever started us opened it for us, and nobody has taken it here before.
+    // SAFETY: it came through execve(2), so nothing in this process opened it, and it is taken here once only.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -175,7 +173,7 @@ unsafe fn take_control(header: &libc::msghdr, received: &mut Received) {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, IntoRawFd};
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     use nix::sys::socket::{setsockopt, socketpair, sockopt, AddressFamily, SockFlag, SockType};
@@ -262,11 +260,14 @@ mod tests {
     #[test]
     fn an_inherited_number_is_taken_once() {
         let (one, _other) = seqpacket();
-        let number = std::os::fd::IntoRawFd::into_raw_fd(one);
+        assert!(inherited(one.as_raw_fd()).is_err(), "opened by this process");
+        fcntl(&one, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        let number = one.into_raw_fd();
         let fd = inherited(number).unwrap();
-        assert!(inherited(number).is_err());
+        assert!(inherited(number).is_err(), "taken before");
         assert_eq!(fd.as_raw_fd(), number);
-        assert!(inherited(0).is_err());
-        assert!(inherited(i32::MAX).is_err());
+        for never_open in [-1, 0, 2, i32::MAX] {
+            assert!(inherited(never_open).is_err());
+        }
     }
 }
