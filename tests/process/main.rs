@@ -4,4 +4,5 @@
 
 mod children;
 mod failures;
+mod groups;
 mod inheritance;

@@ -1,0 +1,322 @@
+//! All processes of a generation: its first process, what that started, and what tried to get away.
+//!
+//! A process belongs to it when one of these holds:
+//! - it is in a process group or session that a member leads (the first process leads a group of its own),
+//! - it has the generation's marker in its environment (a daemon that called fork and setsid twice still has),
+//! - it is a descendant of one of these,
+//! - it was one before.
+//!
+//! Nothing that is older than the first process belongs to it, so that most of `/proc` is passed over cheaply. Each
+//! signal goes to a pidfd that was checked after it was opened: a pid that is used again is never hit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::mem;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::table::{self, Marked, Stat};
+use crate::sys::pidfd::PidFd;
+
+/// The variable that marks a generation's processes.
+pub const MARKER_VAR: &str = "ZDDSUP_MARKER";
+
+/// SIGKILL is sent until nothing new appears, but not for ever: the caller asks again.
+const MOST_ROUNDS: usize = 32;
+
+/// In the middle of execve(2) a process' environment looks empty. One that was found so this often has none.
+const MOST_DOUBTS: usize = 4;
+
+/// How long execve(2) is given until the next look.
+const A_MOMENT: Duration = Duration::from_millis(1);
+
+/// A process, by what no other one has: a pid and when it was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Member {
+    /// Its pid.
+    pub pid: i32,
+    /// When it was started, in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+impl Member {
+    /// The process that has this pid now.
+    pub fn of(pid: Pid) -> io::Result<Member> {
+        Ok(Stat::read(pid.as_raw())?.member)
+    }
+
+    /// Holds it. ESRCH when it is gone, even if another one has its pid.
+    pub fn open(&self) -> io::Result<PidFd> {
+        let pidfd = PidFd::open(Pid::from_raw(self.pid))?;
+        // Looked at after the pidfd was made: if it is the same one still, the pidfd is its.
+        if Member::of(Pid::from_raw(self.pid))? == *self {
+            Ok(pidfd)
+        } else {
+            Err(Errno::ESRCH.into())
+        }
+    }
+}
+
+/// The processes of a generation.
+#[derive(Debug)]
+pub struct Group {
+    leader: Member,
+    marker: Vec<u8>,
+    known: Mutex<Known>,
+}
+
+/// What was found before.
+#[derive(Debug, Default)]
+struct Known {
+    /// Members that lived then: they stay members, whatever they do to get away.
+    members: BTreeSet<Member>,
+    /// How often nothing could be said of a process.
+    doubts: BTreeMap<Member, usize>,
+    /// Nobody is left in the group and the session of the leader's number, so that it may be given to others.
+    number_is_free: bool,
+}
+
+/// What there is now.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    living: Vec<Member>,
+    /// Whether there may be more, which the next look will show.
+    in_doubt: bool,
+}
+
+impl Group {
+    /// Those of the generation with this first process, and this value of [`MARKER_VAR`].
+    #[must_use]
+    pub fn new(leader: Member, marker: String) -> Self {
+        let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
+        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
+    }
+
+    /// Its first process, dead or alive.
+    #[must_use]
+    pub fn leader(&self) -> Member {
+        self.leader
+    }
+
+    /// Whether none of them lives. One that is dead and was not reaped yet does not count.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        let found = self.look()?;
+        Ok(found.living.is_empty() && !found.in_doubt)
+    }
+
+    /// The pids of those that live.
+    pub fn pids(&self) -> io::Result<Vec<i32>> {
+        Ok(self.look()?.living.into_iter().map(|member| member.pid).collect())
+    }
+
+    /// Sends a signal to each of them, and gives to how many. After SIGKILL it looks again for what was forked meanwhile.
+    pub fn signal_all(&self, signal: Signal) -> io::Result<usize> {
+        let mut seen = BTreeSet::new();
+        let mut sent = 0;
+        let mut refused = None;
+        for _ in 0..MOST_ROUNDS {
+            let found = self.look()?;
+            let fresh: Vec<_> = found.living.into_iter().filter(|member| seen.insert(*member)).collect();
+            let again = found.in_doubt || (signal == Signal::SIGKILL && !fresh.is_empty());
+            for member in fresh {
+                match member.open().and_then(|pidfd| Ok(pidfd.signal(signal)?)) {
+                    Ok(()) => sent += 1,
+                    Err(error) if is_gone(&error) => {}
+                    Err(error) => refused = Some(error),
+                }
+            }
+            if !again {
+                break;
+            }
+            if found.in_doubt {
+                std::thread::sleep(A_MOMENT);
+            }
+        }
+        refused.map_or(Ok(sent), Err)
+    }
+
+    fn look(&self) -> io::Result<Found> {
+        let own = std::process::id().cast_signed();
+        let mut young = BTreeMap::new();
+        for entry in fs::read_dir("/proc")? {
+            let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // Gone meanwhile, or hidden from us (hidepid in proc(5)) and so none that we started.
+            let Ok(stat) = Stat::read(pid) else { continue };
+            if pid != own && stat.member.start_ticks >= self.leader.start_ticks {
+                young.insert(pid, stat);
+            }
+        }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker)))
+    }
+}
+
+impl Known {
+    /// Picks the members, dead ones too while they lead to others.
+    fn sort_out(&mut self, leader: Member, young: BTreeMap<i32, Stat>, is_marked: impl Fn(i32) -> Marked) -> Found {
+        let leads = |stat: &Stat| stat.group == leader.pid || stat.session == leader.pid;
+        let is_reused = young.get(&leader.pid).is_some_and(|stat| stat.member != leader);
+        // A number is not used again while a group or session has it.
+        self.number_is_free |= is_reused || !young.values().any(leads);
+
+        let (mut members, mut others): (BTreeMap<_, _>, BTreeMap<_, _>) = young
+            .into_iter()
+            .partition(|(_, stat)| self.members.contains(&stat.member) || (!self.number_is_free && leads(stat)));
+        adopt(&mut members, &mut others);
+        let doubts = mem::take(&mut self.doubts);
+        let candidates: Vec<_> = others.values().filter(|stat| stat.lives && !stat.of_kernel).copied().collect();
+        for stat in candidates {
+            match is_marked(stat.member.pid) {
+                Marked::Yes => members.extend(others.remove_entry(&stat.member.pid)),
+                Marked::No => {}
+                Marked::Unknown => {
+                    self.doubts.insert(stat.member, doubts.get(&stat.member).map_or(1, |before| before + 1));
+                }
+            }
+        }
+        adopt(&mut members, &mut others);
+        let living: Vec<_> = members.into_values().filter(|stat| stat.lives).map(|stat| stat.member).collect();
+        self.members = living.iter().copied().collect();
+        self.doubts.retain(|member, _| !self.members.contains(member));
+        Found { living, in_doubt: self.doubts.values().any(|&times| times < MOST_DOUBTS) }
+    }
+}
+
+/// Moves those that belong to a member over to the members.
+fn adopt(members: &mut BTreeMap<i32, Stat>, others: &mut BTreeMap<i32, Stat>) {
+    loop {
+        let leads = |number: i32, of: fn(&Stat) -> i32| members.get(&number).is_some_and(|stat| of(stat) == number);
+        let belongs = |stat: &Stat| {
+            members.contains_key(&stat.parent)
+                || leads(stat.group, |stat| stat.group)
+                || leads(stat.session, |stat| stat.session)
+        };
+        let found: Vec<_> = others.values().filter(|stat| belongs(stat)).map(|stat| stat.member.pid).collect();
+        if found.is_empty() {
+            break;
+        }
+        members.extend(found.iter().filter_map(|pid| others.remove_entry(pid)));
+    }
+}
+
+/// Sends a signal to a generation's main process, and wakes it if it is stopped: it would sleep through it.
+pub fn signal_main(main: &PidFd, signal: Signal) -> nix::Result<()> {
+    main.signal(signal)?;
+    match signal {
+        Signal::SIGTERM | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGHUP | Signal::SIGABRT => {
+            // Sent already: it may be gone by now.
+            let _gone = main.signal(Signal::SIGCONT);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stat(pid: i32, parent: i32, group: i32, session: i32) -> (i32, Stat) {
+        let member = Member { pid, start_ticks: 10 };
+        (pid, Stat { member, lives: true, of_kernel: false, parent, group, session })
+    }
+
+    const LEADER: Member = Member { pid: 100, start_ticks: 10 };
+
+    fn pids(known: &mut Known, stats: &[(i32, Stat)], marked: &[i32]) -> Vec<i32> {
+        let is_marked = |pid| if marked.contains(&pid) { Marked::Yes } else { Marked::No };
+        let found = known.sort_out(LEADER, stats.iter().copied().collect(), is_marked);
+        found.living.into_iter().map(|member| member.pid).collect()
+    }
+
+    fn known() -> Known {
+        Known { members: BTreeSet::from([LEADER]), ..Known::default() }
+    }
+
+    #[test]
+    fn another_process_with_the_same_pid_is_not_opened() {
+        let own = Member::of(Pid::this()).unwrap();
+        own.open().unwrap();
+        let before = Member { start_ticks: own.start_ticks - 1, ..own };
+        assert!(is_gone(&before.open().unwrap_err()));
+    }
+
+    #[test]
+    fn members_are_found_by_group_parent_and_marker_and_through_each_other() {
+        let stats = [
+            stat(100, 1, 100, 50),
+            stat(101, 100, 100, 50),
+            // Called setsid, and is a child still.
+            stat(102, 101, 102, 102),
+            // An orphan in the session that 102 leads.
+            stat(103, 1, 103, 102),
+            // An orphan with the marker, and its child.
+            stat(104, 1, 104, 104),
+            stat(105, 104, 105, 105),
+            // In zddsup's session, and of another generation.
+            stat(106, 1, 106, 50),
+            stat(107, 106, 106, 50),
+        ];
+        assert_eq!(pids(&mut known(), &stats, &[104]), [100, 101, 102, 103, 104, 105]);
+    }
+
+    #[test]
+    fn one_that_is_dead_does_not_count_and_its_children_do() {
+        let mut leader = stat(100, 1, 100, 50);
+        leader.1.lives = false;
+        assert_eq!(pids(&mut known(), &[leader, stat(101, 100, 101, 101)], &[]), [101]);
+        assert_eq!(pids(&mut known(), &[leader], &[]), [0; 0]);
+    }
+
+    #[test]
+    fn a_member_stays_one() {
+        let mut known = known();
+        assert_eq!(pids(&mut known, &[stat(101, 1, 100, 50), stat(102, 101, 100, 50)], &[]), [101, 102]);
+        // Its parent is gone, and it is in a session of its own with an environment of its own.
+        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102)], &[]), [102]);
+        let mut stranger = stat(102, 1, 102, 102);
+        stranger.1.member.start_ticks = 20;
+        assert_eq!(pids(&mut known, &[stranger], &[]), [0; 0]);
+    }
+
+    #[test]
+    fn a_number_that_others_have_by_now_is_not_ours() {
+        let mut known = known();
+        assert_eq!(pids(&mut known, &[stat(101, 1, 100, 50)], &[]), [101]);
+        // One that got away lives, the group is over …
+        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102)], &[102]), [102]);
+        // … and a stranger gets its number.
+        let mut stranger = stat(100, 1, 100, 50);
+        stranger.1.member.start_ticks = 20;
+        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102), stranger, stat(108, 100, 100, 50)], &[]), [102]);
+    }
+
+    #[test]
+    fn one_in_the_middle_of_execve_is_looked_at_again() {
+        let mut known = known();
+        let mut look = |marked| known.sort_out(LEADER, BTreeMap::from([stat(102, 1, 102, 102)]), |_| marked);
+        assert_eq!(look(Marked::Unknown), Found { living: Vec::new(), in_doubt: true });
+        let member = Member { pid: 102, start_ticks: 10 };
+        assert_eq!(look(Marked::Yes), Found { living: vec![member], in_doubt: false });
+    }
+
+    #[test]
+    fn one_without_an_environment_is_given_up() {
+        let mut known = known();
+        let mut looks = 0;
+        let others = BTreeMap::from([stat(102, 1, 102, 102)]);
+        while known.sort_out(LEADER, others.clone(), |_| Marked::Unknown).in_doubt {
+            looks += 1;
+        }
+        assert_eq!(looks, MOST_DOUBTS - 1);
+    }
+}

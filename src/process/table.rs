@@ -1,0 +1,98 @@
+//! What `/proc` says of a process (proc(5)), as far as it matters here.
+
+use std::fs;
+use std::io;
+
+use super::group::Member;
+
+/// `PF_KTHREAD` among a process' flags (include/linux/sched.h).
+const OF_KERNEL: u32 = 0x0020_0000;
+
+/// A line of `/proc/PID/stat`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stat {
+    pub(super) member: Member,
+    pub(super) lives: bool,
+    /// One of the kernel's own threads, which have no environment.
+    pub(super) of_kernel: bool,
+    pub(super) parent: i32,
+    pub(super) group: i32,
+    pub(super) session: i32,
+}
+
+impl Stat {
+    pub(super) fn read(pid: i32) -> io::Result<Stat> {
+        let line = fs::read(format!("/proc/{pid}/stat"))?;
+        Stat::parse(pid, &line).ok_or_else(|| io::Error::other(format!("cannot read /proc/{pid}/stat")))
+    }
+
+    pub(super) fn parse(pid: i32, line: &[u8]) -> Option<Stat> {
+        // The name may have blanks and parentheses in it; nothing after it has.
+        let name_end = line.iter().rposition(|&byte| byte == b')')?;
+        let rest = std::str::from_utf8(line.get(name_end + 1..)?).ok()?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        // Numbered from 3 in proc(5).
+        let field = |number: usize| fields.get(number - 3).copied();
+        let threads: u64 = field(20)?.parse().ok()?;
+        let lives = match field(3)? {
+            "X" | "x" => false,
+            // Its first thread may be gone while others run on.
+            "Z" => threads > 1,
+            _ => true,
+        };
+        Some(Stat {
+            member: Member { pid, start_ticks: field(22)?.parse().ok()? },
+            lives,
+            of_kernel: field(9)?.parse::<u32>().ok()? & OF_KERNEL != 0,
+            parent: field(4)?.parse().ok()?,
+            group: field(5)?.parse().ok()?,
+            session: field(6)?.parse().ok()?,
+        })
+    }
+}
+
+/// Whether a process was started with a variable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Marked {
+    Yes,
+    /// Also when we may not look into it.
+    No,
+    /// Its environment is empty. So it looks, too, in the middle of execve(2).
+    Unknown,
+}
+
+/// Looks for `NAME=value` in what a process was started with.
+pub(super) fn is_marked(pid: i32, pair: &[u8]) -> Marked {
+    match fs::read(format!("/proc/{pid}/environ")) {
+        Ok(environ) if environ.is_empty() => Marked::Unknown,
+        Ok(environ) if environ.split(|&byte| byte == 0).any(|one| one == pair) => Marked::Yes,
+        Ok(_) | Err(_) => Marked::No,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_names_with_blanks_and_parentheses() {
+        let line = b"42 (a) b (c)) S 1 2 3 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 777 0 0";
+        let stat = Stat::parse(42, line).unwrap();
+        assert_eq!(stat.member, Member { pid: 42, start_ticks: 777 });
+        assert_eq!((stat.parent, stat.group, stat.session, stat.lives), (1, 2, 3, true));
+        for len in 0..line.len() {
+            let _never_panics = Stat::parse(42, &line[..len]);
+        }
+    }
+
+    #[test]
+    fn tells_what_a_process_was_started_with() {
+        let own = std::process::id().cast_signed();
+        let (name, value) = std::env::vars().next().unwrap();
+        assert_eq!(is_marked(own, format!("{name}={value}").as_bytes()), Marked::Yes);
+        assert_eq!(is_marked(own, b"ZDDSUP_MARKER=nobody"), Marked::No);
+        assert_eq!(is_marked(-1, b"ZDDSUP_MARKER=nobody"), Marked::No);
+        let stat = Stat::read(own).unwrap();
+        assert!(stat.lives && !stat.of_kernel);
+    }
+}
