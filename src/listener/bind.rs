@@ -9,6 +9,7 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{open, AtFlags, OFlag, AT_FDCWD};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::{fchmod, fchmodat, FchmodatFlags, Mode};
 use nix::unistd::{fchownat, Gid, Group, Uid, User};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
@@ -173,11 +174,18 @@ pub(super) fn at_any_time(socket: &Socket, v6: bool, options: &Options) -> Resul
 
 fn buffers(socket: &Socket, options: &Options) -> Result<(), Why> {
     let option = |option| move |source| Why::Option { option, source };
+    // Past the limits of net.core for those who may; others get what the limits allow.
     if let Some(size) = options.rcvbuf.and_then(|size| usize::try_from(size).ok()) {
-        socket.set_recv_buffer_size(size).map_err(option("rcvbuf"))?;
+        let forced = setsockopt(socket, sockopt::RcvBufForce, &size);
+        forced
+            .or_else(|_| setsockopt(socket, sockopt::RcvBuf, &size))
+            .map_err(|errno| option("rcvbuf")(errno.into()))?;
     }
     if let Some(size) = options.sndbuf.and_then(|size| usize::try_from(size).ok()) {
-        socket.set_send_buffer_size(size).map_err(option("sndbuf"))?;
+        let forced = setsockopt(socket, sockopt::SndBufForce, &size);
+        forced
+            .or_else(|_| setsockopt(socket, sockopt::SndBuf, &size))
+            .map_err(|errno| option("sndbuf")(errno.into()))?;
     }
     Ok(())
 }

@@ -1,0 +1,293 @@
+//! What flags mean together. Nothing is opened or changed here.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::flags::{CompatWith, RunFlags};
+use super::ready::Ready;
+use super::values::Span;
+use super::{start_directory, Compat, EnvFile, Handoff, ServiceConfig, NAME_MOST};
+use crate::listener::address::Address;
+use crate::listener::{ListenFlag, Listener};
+use crate::proto::placeholder::{self, PlaceholderError};
+
+/// Bytes of a path that a socket can be bound to.
+const SOCKET_PATH_MOST: usize = 107;
+
+/// Flags that cannot be meant together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A command of no length.
+    #[error("the command is an empty text; name a program")]
+    EmptyCommand,
+    /// One name twice.
+    #[error("two listeners are called {0}; write another NAME= before one of the addresses")]
+    SameName(String),
+    /// A placeholder of no listener.
+    #[error("{place}: {source}")]
+    Placeholder {
+        /// Where it stands.
+        place: String,
+        /// What is wrong.
+        source: PlaceholderError,
+    },
+    /// No fds are passed by number.
+    #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
+    NoNumbers {
+        /// Who needs them.
+        what: String,
+    },
+    /// A probe that the old generation may answer.
+    #[error(
+        "--ready {probe} asks at listener {listener} ({address}), which all generations share: the old one may answer \
+         for the new one; probe an address of the new process's own, or use --ready notify or exec:…"
+    )]
+    ProbesListener {
+        /// What was asked for.
+        probe: String,
+        /// Which listener.
+        listener: String,
+        /// Where it is.
+        address: String,
+    },
+    /// Never ready.
+    #[error("--ready delay:{delay} is not shorter than --start-timeout {timeout}: no generation would ever be ready; raise the latter")]
+    NeverReady {
+        /// Until ready.
+        delay: Span,
+        /// Until failed.
+        timeout: Span,
+    },
+    /// The control socket cannot be bound.
+    #[error(
+        "--control {0:?} is longer than the {SOCKET_PATH_MOST} bytes that a socket's path may have; take a shorter one"
+    )]
+    ControlTooLong(PathBuf),
+}
+
+impl RunFlags {
+    /// The service that these flags define.
+    pub fn validate(self) -> Result<ServiceConfig, ConfigError> {
+        let program = self.command.first().filter(|program| !program.is_empty()).ok_or(ConfigError::EmptyCommand)?;
+        let name = self.name.unwrap_or_else(|| default_name(program));
+        if let Some(path) = self.control.as_deref().filter(|path| path.as_os_str().len() > SOCKET_PATH_MOST) {
+            return Err(ConfigError::ControlTooLong(path.to_owned()));
+        }
+        let here = start_directory();
+        let config = ServiceConfig {
+            name,
+            listeners: ListenFlag::name_all(self.listen),
+            handoff: self.handoff,
+            compat: Compat {
+                start_server: self.compat.contains(&CompatWith::StartServer),
+                einhorn: self.compat.contains(&CompatWith::Einhorn),
+            },
+            ready: self.ready,
+            probe_timeout: self.probe_timeout.0,
+            start_timeout: self.start_timeout.0,
+            bake: self.bake.0,
+            drain_timeout: self.drain_timeout.0,
+            stop_signal: self.stop_signal,
+            stop_timeout: self.stop_timeout.0,
+            lame_duck: self.lame_duck.0,
+            max_draining: self.max_draining,
+            restart: self.restart.into(),
+            restart_limit: self.restart_limit.0,
+            user: self.user,
+            group: self.group,
+            umask: self.umask,
+            chdir: self.chdir,
+            env: self.env,
+            env_files: self.env_file.into_iter().map(|file| EnvFile { path: here.join(file.path), ..file }).collect(),
+            limits: self.limit,
+            nice: self.nice,
+            oom_score_adj: self.oom_score_adj,
+            watchdog: self.watchdog.map(|every| every.0).filter(|every| !every.is_zero()),
+            fdstore_max: self.fdstore_max,
+            control: self.control.map(|path| here.join(path)),
+            pid_file: self.pid_file.map(|path| here.join(path)),
+            log_format: self.log_format,
+            log_level: self.log_level,
+            command: self.command,
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+impl ServiceConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let names = self.listeners.iter().map(|listener| &listener.name);
+        if let Some((_, name)) =
+            names.clone().enumerate().find(|(place, name)| names.clone().take(*place).any(|other| other == *name))
+        {
+            return Err(ConfigError::SameName(name.clone()));
+        }
+        if self.handoff == Handoff::Socket {
+            self.check_without_numbers()?;
+        }
+        if let (Ready::Delay(delay), Some(timeout)) = (&self.ready, self.start_timeout) {
+            if *delay >= timeout {
+                return Err(ConfigError::NeverReady { delay: Span(*delay), timeout: Span(timeout) });
+            }
+        }
+        if self.listeners.is_empty() {
+            // What systemd passed is known once it is taken.
+            return Ok(());
+        }
+        self.check_against(self.listeners.iter().map(|listener| (listener.name.as_str(), &listener.address)))
+    }
+
+    /// What can be checked only with every listener at hand: for sockets that systemd passed, after they were taken.
+    pub fn check_listeners(&self, listeners: &[Listener]) -> Result<(), ConfigError> {
+        self.check_against(listeners.iter().map(|listener| (listener.name(), listener.bound())))
+    }
+
+    fn check_against<'a>(
+        &self,
+        listeners: impl Iterator<Item = (&'a str, &'a Address)> + Clone,
+    ) -> Result<(), ConfigError> {
+        if self.handoff != Handoff::Socket {
+            let numbers: Vec<_> = listeners.clone().map(|(name, _)| name).zip(3..).collect();
+            for (place, text) in self.texts() {
+                placeholder::expand(text, &numbers, 1).map_err(|source| ConfigError::Placeholder { place, source })?;
+            }
+        }
+        let Ready::Probe(probe) = &self.ready else { return Ok(()) };
+        let Some(asked) = probe.address() else { return Ok(()) };
+        for (name, address) in listeners {
+            if address.may_answer(asked.ip(), asked.port()) {
+                let (listener, address) = (name.to_owned(), address.to_string());
+                return Err(ConfigError::ProbesListener { probe: probe.to_string(), listener, address });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_without_numbers(&self) -> Result<(), ConfigError> {
+        if let Some((what, _)) = self.texts().find(|(_, text)| placeholder::asks_for_fd(text)) {
+            return Err(ConfigError::NoNumbers { what });
+        }
+        match self.compat {
+            Compat { start_server: false, einhorn: false } => Ok(()),
+            Compat { .. } => Err(ConfigError::NoNumbers { what: "--compat".to_owned() }),
+        }
+    }
+
+    /// Where placeholders may stand.
+    fn texts(&self) -> impl Iterator<Item = (String, &OsStr)> {
+        let args = self.command.iter().map(|arg| (format!("argument {arg:?}"), arg.as_os_str()));
+        args.chain(self.env.iter().map(|(name, value)| (format!("--env {name}"), OsStr::new(value))))
+    }
+}
+
+/// The program's file name, as far as it can be part of a path.
+fn default_name(program: &OsString) -> String {
+    let file = Path::new(program).file_name().unwrap_or_default();
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    let name: String = file.as_bytes().iter().map(|&byte| if fits(byte) { char::from(byte) } else { '-' }).collect();
+    let name = name.trim_start_matches(['.', '-']);
+    match &name[..name.len().min(NAME_MOST)] {
+        "" => "service".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::flags::tests::{config, flags};
+    use crate::config::values;
+    use proptest::prelude::*;
+
+    fn refused(args: &[&str]) -> String {
+        flags(args).unwrap().validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_command_gives_the_name() {
+        for (program, name) in [
+            ("/usr/sbin/nginx", "nginx"),
+            ("my app", "my-app"),
+            ("./.hidden", "hidden"),
+            ("..", "service"),
+            ("é", "service"),
+        ] {
+            assert_eq!(config(&[program]).name, name, "{program}");
+        }
+        assert!(refused(&[""]).contains("empty"));
+    }
+
+    #[test]
+    fn listeners_have_names_of_their_own() {
+        assert!(refused(&["-l", "a=:1", "-l", "a=:2", "true"]).contains("two listeners are called a"));
+        assert!(refused(&["-l", "listener1=:1", "-l", ":2", "true"]).contains("called listener1"));
+    }
+
+    #[test]
+    fn placeholders_name_listeners() {
+        config(&["-l", "web=:1", "--env", "NGINX={fd:web};", "x", "fd@{fd:web}", "{\"json\": 1}"]);
+        let error = refused(&["-l", "web=:1", "x", "{fd:http}"]);
+        assert!(error.contains("argument \"{fd:http}\"") && error.contains("known names are web"), "{error}");
+        assert!(refused(&["-l", "web=:1", "--env", "A={fd:http}", "x"]).contains("--env A"));
+        // systemd may pass it.
+        let inherits = config(&["x", "{fd:http}"]);
+        assert!(inherits.check_listeners(&[]).is_err());
+    }
+
+    #[test]
+    fn a_handoff_without_numbers_has_no_placeholders() {
+        for args in [
+            ["-l", "a=:1", "--handoff", "socket", "x", "{fd:a}"],
+            ["--handoff", "socket", "--compat", "einhorn", "x", "y"],
+        ] {
+            assert!(refused(&args).contains("--handoff auto or fds"), "{args:?}");
+        }
+        config(&["-l", "a=:1", "--handoff", "socket", "x", "{generation}"]);
+    }
+
+    #[test]
+    fn a_probe_of_a_shared_socket_is_refused() {
+        for (listen, ready) in [
+            (":8080", "tcp:8080"),
+            ("127.0.0.1:8080", "http://localhost:8080/up"),
+            ("[::]:8080", "http://[::1]:8080/"),
+            ("0.0.0.0:8080", "tcp:8080"),
+        ] {
+            let error = refused(&["-l", listen, "--ready", ready, "true"]);
+            assert!(error.contains("the old one may answer"), "{error}");
+        }
+        for (listen, ready) in
+            [(":8080", "tcp:8081"), ("127.0.0.2:8080", "tcp:8080"), ("udp://:8080", "tcp:8080"), (":0", "tcp:80")]
+        {
+            config(&["-l", listen, "--ready", ready, "true"]);
+        }
+    }
+
+    #[test]
+    fn a_probe_of_a_socket_that_systemd_passed_is_refused_once_it_is_known() {
+        let listener = Listener::bind(&"web=127.0.0.1:0".parse().unwrap()).unwrap();
+        let port = listener.local().unwrap().port();
+        let config = config(&["--ready", &format!("tcp:{port}"), "true"]);
+        assert!(matches!(config.check_listeners(&[listener]), Err(ConfigError::ProbesListener { .. })));
+    }
+
+    #[test]
+    fn a_generation_can_become_ready() {
+        assert!(refused(&["--ready", "delay:2m", "true"]).contains("--start-timeout 1m30s"));
+        config(&["--ready", "delay:2m", "--start-timeout", "infinity", "true"]);
+    }
+
+    #[test]
+    fn a_control_path_can_be_bound() {
+        assert!(refused(&["--control", &"x".repeat(108), "true"]).contains("107 bytes"));
+    }
+
+    proptest! {
+        #[test]
+        fn every_default_name_is_a_name(program in "\\PC{1,100}") {
+            prop_assert!(values::name(&default_name(&program.into())).is_ok());
+        }
+    }
+}
