@@ -94,6 +94,12 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// An error of another kind, with the code that fits it.
+    #[must_use]
+    pub fn with(exit: Exit, error: &impl std::fmt::Display) -> Failure {
+        Failure::Said { exit, line: error.to_string() }
+    }
+
     /// How the command ends for it.
     #[must_use]
     pub fn exit(&self) -> Exit {

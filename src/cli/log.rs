@@ -8,21 +8,13 @@ use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::util::TryInitError;
 
+use crate::config::LogFormat;
+
 /// Lines that wait for a slow stderr; later ones are left out.
 const WAITING: usize = 4096;
 
-/// The environment variable that says the level where `--log-level` does not.
-pub const LEVEL_VAR: &str = "ZDDSUP_LOG";
-
-/// In which form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum Format {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object a line.
-    Json,
-}
+/// The environment variable with a filter that stands in for `--log-level`, as in `info,zddsup::control=debug`.
+pub const FILTER_VAR: &str = "ZDDSUP_LOG";
 
 /// Why there is no log.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +38,12 @@ pub struct Guard {
     _writer: WorkerGuard,
 }
 
-/// Starts the log. The level is that of `--log-level`, else of `ZDDSUP_LOG`, else info.
-pub fn start(format: Format, level: Option<&str>) -> Result<Guard, LogError> {
-    let filter = filter(level.map(str::to_owned).or_else(|| std::env::var(LEVEL_VAR).ok()))?;
+/// Starts the log. `ZDDSUP_LOG`, where it is set, says more precisely what `--log-level` says.
+pub fn start(format: LogFormat, level: &str) -> Result<Guard, LogError> {
+    let filter = match std::env::var(FILTER_VAR) {
+        Ok(precise) if !precise.is_empty() => filter(&precise)?,
+        Ok(_) | Err(_) => filter(level)?,
+    };
     let (writer, guard) =
         NonBlockingBuilder::default().buffered_lines_limit(WAITING).lossy(true).thread_name("log").finish(io::stderr());
     let terminal = io::IsTerminal::is_terminal(&io::stderr());
@@ -58,20 +53,14 @@ pub fn start(format: Format, level: Option<&str>) -> Result<Guard, LogError> {
         .with_target(false)
         .with_span_events(FmtSpan::NONE);
     match format {
-        Format::Text => subscriber.with_ansi(terminal).finish().try_init()?,
-        Format::Json => subscriber.json().flatten_event(true).finish().try_init()?,
+        LogFormat::Text => subscriber.with_ansi(terminal).finish().try_init()?,
+        LogFormat::Json => subscriber.json().flatten_event(true).finish().try_init()?,
     }
     Ok(Guard { _writer: guard })
 }
 
-/// Whether a level is one, without starting anything.
-pub fn check_level(level: &str) -> Result<(), LogError> {
-    filter(Some(level.to_owned())).map(drop)
-}
-
-fn filter(level: Option<String>) -> Result<EnvFilter, LogError> {
-    let level = level.filter(|level| !level.is_empty()).unwrap_or_else(|| "info".to_owned());
-    EnvFilter::builder().parse(&level).map_err(|source| LogError::Level { level, source })
+fn filter(level: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::builder().parse(level).map_err(|source| LogError::Level { level: level.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -80,10 +69,10 @@ mod tests {
 
     #[test]
     fn levels_and_filters_are_understood_and_nonsense_is_not() {
-        for good in ["info", "WARN", "", "info,zddsup::control=debug", "off"] {
-            check_level(good).unwrap();
+        for good in ["info", "WARN", "info,zddsup::control=debug", "off"] {
+            filter(good).unwrap();
         }
-        let error = check_level("info=loud=x").unwrap_err().to_string();
+        let error = filter("info=loud=x").unwrap_err().to_string();
         assert!(error.contains("use error, warn, info"), "{error}");
     }
 }

@@ -5,10 +5,12 @@
 //! | [`upgrade`], [`rollback`], [`restart`] | ask for a transaction … |
 //! | [`wait`], [`verdict`], [`progress`] | … follow it, say how it ended, show how far it is |
 //! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
+//! | [`check`] | looks at what `run` would do |
 //! | [`completions`], [`man`] | for shells and manuals |
 //! | [`target`] | which service is meant |
 //! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
 
+pub mod check;
 pub mod completions;
 pub mod events;
 pub mod exit;
@@ -29,6 +31,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::config::flags::RunFlags;
 use exit::{Exit, Failure};
 
 /// Upgrade any server without refusing, resetting or delaying a connection
@@ -77,6 +80,8 @@ EXIT CODES
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Look at everything that `run` with these options would need, without binding or spawning anything
+    Check(Box<RunFlags>),
     /// Show the service: generations, listeners, the last upgrades
     Status(status::Flags),
     /// Put a new generation in the place of the one that serves
@@ -114,6 +119,7 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<Exit, Failure> {
     match command {
+        Command::Check(flags) => check::run(*flags),
         Command::Status(flags) => status::run(&flags),
         Command::Upgrade(flags) => upgrade::run(&flags),
         Command::Rollback(flags) => rollback::run(&flags),

@@ -145,7 +145,7 @@ mod tests {
         // The socket's end is not enough: this very process is the supervisor, and it lives.
         let client = fake.client.clone();
         let waiting = tokio::spawn(async move {
-            let limit = Some(Duration::from_millis(500));
+            let limit = Some(Duration::from_secs(1));
             stop(&client, &flags(false, limit), &mut Progress::lines(io::sink())).await
         });
         while fake.asked.lock().unwrap().len() < 2 {

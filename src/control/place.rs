@@ -213,7 +213,8 @@ pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// Whether somebody listens on a Unix socket. Never waits.
-pub(super) fn is_alive(path: &Path) -> bool {
+#[must_use]
+pub fn is_alive(path: &Path) -> bool {
     let connect = || Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?.connect(&SockAddr::unix(path)?);
     match connect() {
         Ok(()) => true,

@@ -46,7 +46,7 @@ async fn a_result_that_comes_before_the_answer_is_not_missed() {
 #[tokio::test]
 async fn the_results_of_others_are_not_its_own() {
     let fake = scripted(vec![ended(4, UpgradeResult::Succeeded, true), ended(6, UpgradeResult::Succeeded, true)]);
-    let waiting = Waiting { timeout: Some(Duration::from_millis(300)), ..waiting(Until::Result) };
+    let waiting = Waiting { timeout: Some(Duration::from_secs(1)), ..waiting(Until::Result) };
     let outcome = ask(&fake, &waiting).await.unwrap();
     assert!(matches!(outcome, Outcome::TimedOut { upgrade: Some(5), last: None }), "{outcome:?}");
 }
@@ -56,7 +56,7 @@ async fn retired_is_waited_for_and_its_time_out_knows_of_the_success() {
     let fake = scripted(vec![ended(5, UpgradeResult::Succeeded, false)]);
     let outcome = ask(&fake, &waiting(Until::Result)).await.unwrap();
     assert!(matches!(outcome, Outcome::Over(_)));
-    let short = Waiting { timeout: Some(Duration::from_millis(300)), ..waiting(Until::Retired) };
+    let short = Waiting { timeout: Some(Duration::from_secs(1)), ..waiting(Until::Retired) };
     match ask(&fake, &short).await.unwrap() {
         Outcome::TimedOut { upgrade: Some(5), last: Some(last) } => {
             assert_eq!(last.result, Some(UpgradeResult::Succeeded));
