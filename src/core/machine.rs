@@ -256,8 +256,8 @@ impl Machine {
         let Some(phase) = self.phase(id) else { return };
         match phase {
             Phase::Spawning { .. } => {
-                self.release(id);
                 self.candidate_failed(id, Failure::Spawn, now);
+                self.release(id);
             }
             Phase::Aborting => self.release(id),
             Phase::Starting { .. }
@@ -288,16 +288,17 @@ impl Machine {
         }
     }
 
+    // What the loss means is told before the generation is released, while its last words are still at hand.
     fn exited(&mut self, id: GenerationId, end: End, alone: bool, now: Time) {
         let Some(phase) = self.phase(id) else { return };
         match phase {
             Phase::Spawning { .. } | Phase::Starting { .. } => {
-                self.sweep(id, alone, None, now);
                 self.candidate_failed(id, Failure::Exited(end), now);
+                self.sweep(id, alone, None, now);
             }
             Phase::Serving { since } => {
-                self.sweep(id, alone, None, now);
                 self.incumbent_lost(id, end, Failure::DiedInBake(end), since, now);
+                self.sweep(id, alone, None, now);
             }
             Phase::Standby { .. } => {
                 self.sweep(id, alone, None, now);
