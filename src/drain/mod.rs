@@ -1,1 +1,4 @@
-//! How an old generation finishes what it has: signal, connections left.
+//! How an old generation finishes what it has: its connections, counted from outside.
+
+pub mod connections;
+pub mod diag;

@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, socketpair, sockopt, AddressFamily, SockFlag, SockType};
-use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -26,6 +25,7 @@ use tokio::task::AbortHandle;
 use crate::proto::handoff::{
     FromGeneration, HandoffError, ToGeneration, MAX_FDS, MAX_KEEPS, MAX_KEPT_BYTES, MAX_PACKET, VERSION,
 };
+use crate::sys::readiness::Awaited;
 use crate::sys::scm;
 
 /// How many messages are taken before others have their turn: a flood fills the kernel's queue, not our memory.
@@ -95,7 +95,7 @@ pub struct Channel {
 }
 
 struct Shared {
-    socket: AsyncFd<OwnedFd>,
+    socket: Awaited<OwnedFd>,
     incoming: Box<dyn Fn(Incoming) + Send + Sync>,
     state: Mutex<State>,
     /// Held from receiving a packet to its report, so that the order is kept.
@@ -156,7 +156,7 @@ impl Channel {
         let mut queue = VecDeque::from([Outgoing { message: hello, fds: Vec::new() }]);
         queue.extend(batches(listeners, batch));
         let shared = Arc::new(Shared {
-            socket: scm::watched(ours, Interest::READABLE | Interest::WRITABLE)?,
+            socket: Awaited::new(ours, Interest::READABLE | Interest::WRITABLE)?,
             incoming: Box::new(incoming),
             state: Mutex::new(State { queue, ..State::default() }),
             reader: Mutex::new(Reader { buffer: vec![0; MAX_PACKET + 1], keeps: 0, kept_bytes: 0 }),

@@ -1,6 +1,6 @@
 //! Who a generation runs as.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::io;
 use std::path::PathBuf;
 
@@ -74,6 +74,18 @@ impl Identity {
             None => (uid.to_string(), PathBuf::from("/"), PathBuf::from("/bin/sh")),
         };
         Identity { uid, gid, groups, name, home, shell }
+    }
+
+    /// What a login would set.
+    #[must_use]
+    pub fn environment(&self) -> [(&'static str, OsString); 4] {
+        let name = || OsString::from(&self.name);
+        [
+            ("USER", name()),
+            ("LOGNAME", name()),
+            ("HOME", self.home.clone().into()),
+            ("SHELL", self.shell.clone().into()),
+        ]
     }
 
     /// Whether zddsup itself runs as this user and group, without the right to be another: nothing is to be changed.

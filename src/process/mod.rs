@@ -3,18 +3,22 @@
 //! | file | what it holds |
 //! |---|---|
 //! | [`program`] | what is run: an executable, held open |
-//! | [`identity`] | who it runs as |
-//! | [`limits`] | resource limits |
+//! | [`identity`], [`limits`] | who it runs as, and with which resource limits |
 //! | [`spawn`] | fork, all that a process is to be, execve |
+//! | `failure`, `interpreter` | why that did not work, in words |
 //! | [`reaper`] | the one place where children are reaped |
-//! | [`group`] | all processes of a generation |
+//! | [`group`], `table` | all processes of a generation, and what `/proc` says of one |
+//! | [`output`], `capture`, `tail` | the way of a service's stderr |
 
+mod capture;
 mod failure;
 pub mod group;
 pub mod identity;
 mod interpreter;
 pub mod limits;
+pub mod output;
 pub mod program;
 pub mod reaper;
 pub mod spawn;
 mod table;
+mod tail;

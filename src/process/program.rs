@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::{fstat, FileStat, Mode, SFlag};
+use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
 /// An executable file as it was found when a generation was resolved.
@@ -71,6 +72,13 @@ impl Program {
             std::path::absolute(&found).map_err(|source| ProgramError::Open { path: found, source })?
         };
         Program::open(found)
+    }
+
+    /// What a living process runs. Its path may be another file's by now.
+    pub fn of_process(pid: Pid) -> Result<Program, ProgramError> {
+        let mut program = Program::open(PathBuf::from(format!("/proc/{pid}/exe")))?;
+        program.found = program.path.clone();
+        Ok(program)
     }
 
     fn open(found: PathBuf) -> Result<Program, ProgramError> {

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 pub use super::failure::SpawnError;
 
 use super::failure::explain;
+use super::group::Member;
 use super::identity::Identity;
 use super::limits::Limit;
 use super::program::Program;
@@ -64,8 +65,8 @@ pub struct Launch {
 /// A process that runs its program. It leads a process group of its own, and outlives zddsup on purpose.
 #[derive(Debug)]
 pub struct Spawned {
-    /// Its pid.
-    pub pid: Pid,
+    /// Which it is.
+    pub member: Member,
     /// The process itself.
     pub pidfd: PidFd,
     /// How it ended, from the reaper.
@@ -117,7 +118,7 @@ fn held(launch: &Launch) -> Result<bool, SpawnError> {
 /// A child between fork and execve, killed if it is forgotten there.
 struct Starting {
     pid: Pid,
-    pidfd: Option<PidFd>,
+    held: Option<(Member, PidFd)>,
     end: Option<oneshot::Receiver<End>>,
 }
 
@@ -165,24 +166,25 @@ impl Starting {
         };
         let Forked { pid, report } = exec::spawn(&plan).map_err(SpawnError::Fork)?;
         let end = Some(reaper.watch(pid));
-        Ok((Starting { pid, pidfd: None, end }, report))
+        Ok((Starting { pid, held: None, end }, report))
     }
 
     fn hold(&mut self) -> io::Result<()> {
-        self.pidfd = Some(PidFd::open(self.pid)?);
+        // Nobody has reaped it yet: it is there, if only as a zombie.
+        self.held = Some((Member::of(self.pid)?, PidFd::open(self.pid)?));
         Ok(())
     }
 
     /// Its program runs.
     fn finish(&mut self) -> Result<Spawned, SpawnError> {
         let gone = || SpawnError::Watch(Errno::ESRCH.into());
-        let (pidfd, end) = self.pidfd.take().zip(self.end.take()).ok_or_else(gone)?;
-        Ok(Spawned { pid: self.pid, pidfd, end })
+        let ((member, pidfd), end) = self.held.take().zip(self.end.take()).ok_or_else(gone)?;
+        Ok(Spawned { member, pidfd, end })
     }
 
     /// Waits until nothing is left of it.
     async fn reaped(&mut self, reaper: &Reaper) {
-        if let Some(pidfd) = &self.pidfd {
+        if let Some((_, pidfd)) = &self.held {
             if pidfd.exited().await.is_ok() {
                 reaper.reap();
             }
@@ -194,8 +196,8 @@ impl Starting {
     }
 
     fn kill(&self) {
-        match &self.pidfd {
-            Some(pidfd) => {
+        match &self.held {
+            Some((_, pidfd)) => {
                 let _gone_already = pidfd.signal(Signal::SIGKILL);
             }
             // Not reaped yet, or its end would be known: the pid is still its own.

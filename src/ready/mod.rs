@@ -1,1 +1,4 @@
-//! How a generation shows that it can serve: notify, probes.
+//! How a generation shows that it can serve.
+
+pub mod notify;
+pub mod probe;

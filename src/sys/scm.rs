@@ -11,8 +11,6 @@ use std::ptr;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
-use tokio::io::unix::AsyncFd;
-use tokio::io::Interest;
 
 /// How many fds a message can carry (`SCM_MAX_FD` in the kernel's net/scm.h).
 pub const MAX_FDS: usize = 253;
@@ -91,12 +89,6 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<R
     // SAFETY: recvmsg(2) filled in the header; it and its control area are untouched since.
     unsafe { take_control(&header, &mut received) };
     Ok(Some(received))
-}
-
-/// An fd in the runtime's care, to be awaited. Within a runtime only.
-pub fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd is open, and the same one, for as long as the AsyncFd owns it; only shared references leave it.
-    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// Takes ownership of an fd that this process was started with, as its environment says. Standard streams and numbers

@@ -1,0 +1,142 @@
+//! TCP sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload, NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+use netlink_sys::Socket;
+
+/// Room for an answer; the kernel fills up to 32 KiB at once.
+const BUFFER: usize = 32 * 1024;
+
+/// A connection, from the side of the process that has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// Its inode in sockfs; 0 while nobody has accepted it.
+    pub inode: u32,
+}
+
+/// IP version of a listener's socket. One for both versions has its IPv4 connections as IPv6 ones.
+fn family(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => AF_INET,
+        IpAddr::V6(_) => AF_INET6,
+    }
+}
+
+/// Calls `each` for every connection of which the local end has the port of one of these listeners.
+pub fn connections(listeners: &[SocketAddr], mut each: impl FnMut(Connection)) -> io::Result<()> {
+    let mut asked: Vec<_> = listeners.iter().map(|listener| (family(listener.ip()), listener.port())).collect();
+    asked.sort_unstable();
+    asked.dedup();
+    for (family, port) in asked {
+        dump(family, port, 0, &mut each)?;
+    }
+    Ok(())
+}
+
+/// The far side of a connection that this process made to a socket of this machine.
+pub fn far_side(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Connection>> {
+    let mut found = None;
+    for family in [AF_INET, AF_INET6] {
+        dump(family, remote.port(), local.port(), &mut |connection| {
+            if same(connection.remote, local) {
+                found = Some(connection);
+            }
+        })?;
+    }
+    Ok(found)
+}
+
+/// An IPv4 address is the same one as its form in IPv6.
+fn same(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port() && one.ip().to_canonical() == other.ip().to_canonical()
+}
+
+fn dump(family: u8, local_port: u16, remote_port: u16, each: &mut impl FnMut(Connection)) -> io::Result<()> {
+    let mut id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    id.source_port = local_port;
+    id.destination_port = remote_port;
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::ESTABLISHED | StateFlags::CLOSE_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2,
+        socket_id: id,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    packet.finalize();
+    let mut bytes = vec![0; packet.buffer_len()];
+    packet.serialize(&mut bytes);
+
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0))?;
+    socket.send(&bytes, 0)?;
+    let mut buffer = Vec::with_capacity(BUFFER);
+    loop {
+        buffer.clear();
+        let mut rest = match socket.recv(&mut buffer, 0)? {
+            0 => return Ok(()),
+            _ => buffer.as_slice(),
+        };
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let length = message.header.length as usize;
+            match message.payload {
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
+                    let id = &response.header.socket_id;
+                    each(Connection {
+                        local: SocketAddr::new(id.source_address, id.source_port),
+                        remote: SocketAddr::new(id.destination_address, id.destination_port),
+                        inode: response.header.inode,
+                    });
+                }
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                _ => {}
+            }
+            // Messages are padded to four bytes; a length of 0 would never end.
+            let padded = length.max(1).next_multiple_of(4);
+            rest = rest.get(padded..).unwrap_or_default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn both_versions_and_the_inode_after_accept() {
+        for bind in ["127.0.0.1:0", "[::]:0"] {
+            let listener = TcpListener::bind(bind).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+            assert_eq!(far_side(local, remote).unwrap().unwrap().inode, 0, "{bind}");
+            let _accepted = listener.accept().unwrap();
+            assert_ne!(far_side(local, remote).unwrap().unwrap().inode, 0, "{bind}");
+            let mut count = 0;
+            connections(&[listener.local_addr().unwrap()], |_| count += 1).unwrap();
+            assert_eq!(count, 1, "{bind}");
+        }
+    }
+
+    #[test]
+    fn nobody_is_there() {
+        let unused: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(far_side(unused, unused).unwrap(), None);
+    }
+}

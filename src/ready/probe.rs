@@ -1,0 +1,272 @@
+//! Probes: whether a generation serves, found out from outside.
+//!
+//! An answer counts only if it comes from the generation that was meant. Two generations may listen on one port, so
+//! after connecting the kernel is asked which socket is at the other end, and `/proc` whether one of the generation's
+//! processes has it. An HTTP request is held back before its last line until that is known: no server answers, or closes
+//! the connection, before.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{killpg, Signal};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+use crate::config::ready::{Probe, Url};
+use crate::drain::{connections, diag};
+use crate::process::program::Program;
+use crate::process::reaper::Reaper;
+use crate::process::spawn::{spawn, Launch};
+
+/// The first attempts follow each other like this, later ones at up to [`SLOWEST`].
+const FASTEST: Duration = Duration::from_millis(50);
+const SLOWEST: Duration = Duration::from_secs(1);
+/// How often the kernel is asked whether a connection was accepted.
+const ACCEPTED: Duration = Duration::from_millis(5);
+/// Longest head of an HTTP answer that is read.
+const HEAD: usize = 16 * 1024;
+
+/// Whom a probe is about.
+#[derive(Clone)]
+pub struct Context {
+    /// Name of the service.
+    pub service: String,
+    /// Number of the generation.
+    pub generation: u32,
+    /// Its first process.
+    pub pid: i32,
+    /// All of its processes.
+    pub pids: Arc<dyn Fn() -> io::Result<Vec<i32>> + Send + Sync>,
+    /// For what an exec probe runs.
+    pub reaper: Reaper,
+    /// Longest time of one attempt.
+    pub timeout: Duration,
+}
+
+/// Why an attempt did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum WhyNot {
+    /// Nobody accepts there.
+    #[error("cannot connect to {address}: {source}")]
+    Connect {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The other end is somebody else's.
+    #[error("{address} was answered by a process that is not of this generation")]
+    Other {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// It did not answer properly.
+    #[error("{0}")]
+    Answer(String),
+    /// No answer in time.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The command says no.
+    #[error("the command {0}")]
+    Command(String),
+    /// Something that the probe needs cannot be had.
+    #[error("cannot probe: {0}")]
+    System(#[from] io::Error),
+}
+
+/// Asks again and again until the answer is yes. `report` gets each new reason of a no.
+pub async fn until_ready(probe: &Probe, context: &Context, mut report: impl FnMut(String)) {
+    let mut pause = FASTEST;
+    let mut said = String::new();
+    loop {
+        let attempt = timeout(context.timeout, attempt(probe, context)).await;
+        match attempt.unwrap_or(Err(WhyNot::Timeout(context.timeout))) {
+            Ok(()) => return,
+            Err(why) => {
+                let why = why.to_string();
+                if why != said {
+                    report(why.clone());
+                    said = why;
+                }
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 3 / 2).min(SLOWEST);
+    }
+}
+
+async fn attempt(probe: &Probe, context: &Context) -> Result<(), WhyNot> {
+    match probe {
+        Probe::Tcp(address) => {
+            let stream = connect(*address).await?;
+            is_of_generation(&stream, context).await
+        }
+        Probe::Http(url) => http(url, context).await,
+        Probe::Exec(command) => exec(command, context).await,
+    }
+}
+
+async fn connect(address: SocketAddr) -> Result<TcpStream, WhyNot> {
+    TcpStream::connect(address).await.map_err(|source| WhyNot::Connect { address, source })
+}
+
+/// Waits until the connection was accepted, and looks by whom.
+async fn is_of_generation(stream: &TcpStream, context: &Context) -> Result<(), WhyNot> {
+    let (local, address) = (stream.local_addr()?, stream.peer_addr()?);
+    let inode = loop {
+        match diag::far_side(local, address)? {
+            Some(connection) if connection.inode != 0 => break connection.inode,
+            Some(_) => sleep(ACCEPTED).await,
+            None => return Err(WhyNot::Answer(format!("{address} closed the connection at once"))),
+        }
+    };
+    if connections::has_socket(&(context.pids)()?, inode) {
+        Ok(())
+    } else {
+        Err(WhyNot::Other { address })
+    }
+}
+
+async fn http(url: &Url, context: &Context) -> Result<(), WhyNot> {
+    let mut stream = connect(url.address).await?;
+    let head = format!(
+        "GET {} HTTP/1.1\r\nHost: {}\r\nUser-Agent: zddsup\r\nAccept: */*\r\nConnection: close\r\n",
+        url.path, url.host
+    );
+    stream.write_all(head.as_bytes()).await?;
+    is_of_generation(&stream, context).await?;
+    stream.write_all(b"\r\n").await?;
+    let mut answer = Vec::new();
+    while !answer.contains(&b'\n') && answer.len() < HEAD {
+        if stream.read_buf(&mut answer).await? == 0 {
+            break;
+        }
+    }
+    let line = answer.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line).trim().to_owned();
+    let status = line.strip_prefix("HTTP/1.").and_then(|rest| rest.split(' ').nth(1)?.parse::<u16>().ok());
+    match status {
+        Some(200..=399) => Ok(()),
+        Some(status) => Err(WhyNot::Answer(format!("{} answered with status {status}", url.address))),
+        None => Err(WhyNot::Answer(format!("{} did not answer with HTTP: {line:?}", url.address))),
+    }
+}
+
+/// Runs a shell command in its own process group, and ends all of it with the attempt.
+async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
+    struct Group(nix::unistd::Pid);
+    impl Drop for Group {
+        fn drop(&mut self) {
+            let _gone_already = killpg(self.0, Signal::SIGKILL);
+        }
+    }
+    let shell = Program::resolve("/bin/sh".as_ref(), None, Path::new("/")).map_err(io::Error::other)?;
+    let null = || std::fs::OpenOptions::new().write(true).open("/dev/null").map(Into::into).map(Some);
+    let mut env: Vec<_> = std::env::vars_os().collect();
+    env.extend([
+        ("ZDDSUP_SERVICE".into(), OsString::from(&context.service)),
+        ("ZDDSUP_GENERATION".into(), context.generation.to_string().into()),
+        ("ZDDSUP_PID".into(), context.pid.to_string().into()),
+    ]);
+    let launch = Launch {
+        program: Arc::new(shell),
+        recorded: false,
+        args: ["sh", "-c", command].map(OsString::from).into(),
+        env,
+        directory: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+        fds: Vec::new(),
+        stdout: null()?,
+        stderr: null()?,
+        identity: None,
+        umask: None,
+        limits: Vec::new(),
+        nice: None,
+        oom_score_adj: None,
+        listen_pid: false,
+    };
+    let spawned = spawn(launch, &context.reaper).await.map_err(io::Error::other)?;
+    let _all_of_it = Group(nix::unistd::Pid::from_raw(spawned.member.pid));
+    match spawned.end.await {
+        Ok(end) if end.is_success() => Ok(()),
+        Ok(crate::core::End::Exited(code)) => Err(WhyNot::Command(format!("exited with status {code}"))),
+        Ok(_) | Err(_) => Err(WhyNot::Command("was killed".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    fn context(pids: Vec<i32>) -> Context {
+        Context {
+            service: "web".to_owned(),
+            generation: 1,
+            pid: pids[0],
+            pids: Arc::new(move || Ok(pids.clone())),
+            reaper: Reaper::new(),
+            timeout: Duration::from_secs(5),
+        }
+    }
+
+    fn own() -> i32 {
+        i32::try_from(std::process::id()).unwrap()
+    }
+
+    /// Answers one request with this status line, and closes.
+    fn server(status: &'static str) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            let mut byte = [0];
+            while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
+                request.push(byte[0]);
+            }
+            assert!(request.is_empty() || request.starts_with(b"GET /health?x=1 HTTP/1.1\r\nHost: here\r\n"));
+            let _gone = stream.write_all(format!("{status}\r\nContent-Length: 0\r\n\r\n").as_bytes());
+        });
+        address
+    }
+
+    fn http_at(address: SocketAddr) -> Probe {
+        Probe::Http(Url { address, host: "here".to_owned(), path: "/health?x=1".to_owned() })
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn two_and_three_hundreds_are_a_yes() {
+        for (status, yes) in [
+            ("HTTP/1.1 204 No Content", true),
+            ("HTTP/1.0 302 Found", true),
+            ("HTTP/1.1 503 No", false),
+            ("SSH-2.0", false),
+        ] {
+            let answer = attempt(&http_at(server(status)), &context(vec![own()])).await;
+            assert_eq!(answer.is_ok(), yes, "{status}: {answer:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_answer_by_another_process_is_a_no() {
+        let probe = http_at(server("HTTP/1.1 200 OK"));
+        let answer = attempt(&probe, &context(vec![1])).await;
+        assert!(matches!(answer, Err(WhyNot::Other { .. })), "{answer:?}");
+        let answer = attempt(&Probe::Tcp(server("")), &context(vec![1])).await;
+        assert!(matches!(answer, Err(WhyNot::Other { .. })), "{answer:?}");
+        attempt(&Probe::Tcp(server("")), &context(vec![own()])).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_closed_port_is_a_no_with_its_reason() {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let answer = attempt(&Probe::Tcp(address), &context(vec![own()])).await.unwrap_err().to_string();
+        assert!(answer.contains("cannot connect to 127.0.0.1"), "{answer}");
+    }
+}
