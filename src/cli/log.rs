@@ -1,17 +1,14 @@
-//! The supervisor's own log, on stderr. A stderr that nobody reads never stops the supervisor: lines are left out then.
+//! The supervisor's own log, on stderr, between the lines of the service.
 
 use std::io;
 
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::util::TryInitError;
 
 use crate::config::LogFormat;
-
-/// Lines that wait for a slow stderr; later ones are left out.
-const WAITING: usize = 4096;
+use crate::process::output::Output;
 
 /// The environment variable with a filter that stands in for `--log-level`, as in `info,zddsup::control=debug`.
 pub const FILTER_VAR: &str = "ZDDSUP_LOG";
@@ -32,31 +29,23 @@ pub enum LogError {
     Started(#[from] TryInitError),
 }
 
-/// Writes what is still to be written when it is dropped, as long as stderr takes it.
-#[derive(Debug)]
-pub struct Guard {
-    _writer: WorkerGuard,
-}
-
 /// Starts the log. `ZDDSUP_LOG`, where it is set, says more precisely what `--log-level` says.
-pub fn start(format: LogFormat, level: &str) -> Result<Guard, LogError> {
+pub fn start(format: LogFormat, level: &str, output: Output) -> Result<(), LogError> {
     let filter = match std::env::var(FILTER_VAR) {
         Ok(precise) if !precise.is_empty() => filter(&precise)?,
         Ok(_) | Err(_) => filter(level)?,
     };
-    let (writer, guard) =
-        NonBlockingBuilder::default().buffered_lines_limit(WAITING).lossy(true).thread_name("log").finish(io::stderr());
     let terminal = io::IsTerminal::is_terminal(&io::stderr());
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(writer)
+        .with_writer(move || output.clone())
         .with_target(false)
         .with_span_events(FmtSpan::NONE);
     match format {
         LogFormat::Text => subscriber.with_ansi(terminal).finish().try_init()?,
         LogFormat::Json => subscriber.json().flatten_event(true).finish().try_init()?,
     }
-    Ok(Guard { _writer: guard })
+    Ok(())
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {

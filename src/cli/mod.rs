@@ -19,6 +19,7 @@ pub mod man;
 pub mod progress;
 pub mod restart;
 pub mod rollback;
+pub mod run;
 pub mod status;
 pub mod stop;
 pub mod target;
@@ -80,6 +81,8 @@ EXIT CODES
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run a service: its first generation now, a new one at each upgrade
+    Run(Box<RunFlags>),
     /// Look at everything that `run` with these options would need, without binding or spawning anything
     Check(Box<RunFlags>),
     /// Show the service: generations, listeners, the last upgrades
@@ -119,6 +122,7 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<Exit, Failure> {
     match command {
+        Command::Run(flags) => run::run(*flags),
         Command::Check(flags) => check::run(*flags),
         Command::Status(flags) => status::run(&flags),
         Command::Upgrade(flags) => upgrade::run(&flags),

@@ -2,19 +2,37 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`run`] | from a configuration to the end of the service: start-up, **the loop**, shut-down |
-//! | [`driver`] | performs each action |
+//! | [`run`] | from a configuration to the end of the service: start-up, **the loop**, the end |
+//! | [`driver`] | what it holds, and the list of actions and reports |
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
+//! | [`readiness`] | how it learns that a candidate can serve |
+//! | [`switching`] | the switch, with the sockets and what is kept that go with it |
+//! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
 //! | [`messages`] | what generations say: notify and handoff messages |
-//! | [`reports`] | the history of transactions |
-//! | [`status`] | the state for people and programs |
+//! | [`transactions`], [`reports`] | news of upgrades, and their history |
+//! | [`status`], [`counting`] | the state for people and programs; connections |
 //! | [`store`] | fds and state that generations leave for the next |
 //! | [`recorded`], [`takeover`] | going on after a supervisor that was killed |
-//! | [`signals`], [`instance`] | signals; one supervisor a name |
+//! | [`signals`], [`instance`], [`upward`] | signals; one supervisor a name; a supervisor above |
 
+mod counting;
+pub mod driver;
+mod ending;
 pub mod instance;
+mod messages;
+mod readiness;
 pub mod recorded;
 pub mod reports;
+pub mod run;
+pub mod running;
 pub mod signals;
+mod spawning;
+mod status;
 pub mod store;
+mod switching;
+mod takeover;
+mod transactions;
+pub mod upward;
+
+pub use ending::describe;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -37,8 +37,6 @@ pub struct RecordedGeneration {
     pub main_start_ticks: u64,
     /// Its `ZDDSUP_MARKER`.
     pub marker: String,
-    /// Name by which its program was found.
-    pub program: PathBuf,
     /// What it was doing.
     pub role: Role,
 }
@@ -84,7 +82,13 @@ impl Recorded {
         if owner != nix::unistd::geteuid().as_raw() {
             return None;
         }
-        let recorded: Recorded = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        Self::parse(&fs::read(path).ok()?)
+    }
+
+    /// The content of such a file. Another format, and what is none, is nothing.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let recorded: Recorded = serde_json::from_slice(bytes).ok()?;
         (recorded.format == FORMAT).then_some(recorded)
     }
 }
@@ -105,7 +109,6 @@ mod tests {
                 main_pid: 1,
                 main_start_ticks: 2,
                 marker: "m".to_owned(),
-                program: PathBuf::from("/bin/true"),
                 role: Role::Serving,
             }],
             vec![RecordedListener { name: "http".to_owned(), inode: 9 }],

@@ -23,6 +23,7 @@ struct Entry {
 pub struct Reports {
     entries: VecDeque<Entry>,
     changed: BTreeSet<u64>,
+    counts: BTreeMap<UpgradeResult, u64>,
 }
 
 /// What is known when a transaction is over.
@@ -69,6 +70,14 @@ impl Reports {
 
     /// It is over; what it left behind may still drain.
     pub fn ended(&mut self, id: UpgradeId, ending: Ending, now: Instant) {
+        let result = match ending.outcome {
+            Outcome::Succeeded => UpgradeResult::Succeeded,
+            Outcome::Failed(_) => UpgradeResult::Failed,
+            Outcome::RolledBack => UpgradeResult::RolledBack,
+            Outcome::Superseded => UpgradeResult::Superseded,
+            Outcome::Cancelled => UpgradeResult::Cancelled,
+        };
+        *self.counts.entry(result).or_default() += 1;
         self.change(
             |entry| entry.report.id == id.0,
             |entry| {
@@ -77,13 +86,7 @@ impl Reports {
                     entry.enter(UpgradePhase::Draining, now);
                 }
                 let report = &mut entry.report;
-                report.result = Some(match ending.outcome {
-                    Outcome::Succeeded => UpgradeResult::Succeeded,
-                    Outcome::Failed(_) => UpgradeResult::Failed,
-                    Outcome::RolledBack => UpgradeResult::RolledBack,
-                    Outcome::Superseded => UpgradeResult::Superseded,
-                    Outcome::Cancelled => UpgradeResult::Cancelled,
-                });
+                report.result = Some(result);
                 report.reason = ending.reason;
                 report.stderr = ending.stderr;
                 report.old_kept_serving = ending.old_serves;
@@ -144,6 +147,18 @@ impl Reports {
             .collect()
     }
 
+    /// The candidate of a transaction.
+    #[must_use]
+    pub fn candidate(&self, id: UpgradeId) -> Option<GenerationId> {
+        self.entries.iter().find(|entry| entry.report.id == id.0)?.report.to
+    }
+
+    /// How many ended how.
+    #[must_use]
+    pub fn counts(&self) -> BTreeMap<UpgradeResult, u64> {
+        self.counts.clone()
+    }
+
     /// All of them, newest first, with the running phases' times so far.
     #[must_use]
     pub fn list(&self, now: Instant) -> Vec<UpgradeReport> {
@@ -158,13 +173,7 @@ impl Reports {
         self.entries.push_front(Entry {
             report: UpgradeReport {
                 id: id.0,
-                kind: match kind {
-                    Kind::Start => UpgradeKind::Start,
-                    Kind::Upgrade => UpgradeKind::Upgrade,
-                    Kind::Rollback => UpgradeKind::Rollback,
-                    Kind::Restart => UpgradeKind::Restart,
-                    Kind::Recovery => UpgradeKind::Recovery,
-                },
+                kind: kind.into(),
                 from: None,
                 to: None,
                 result: None,
@@ -190,6 +199,18 @@ impl Reports {
         if let Some(entry) = self.entries.iter_mut().find(|entry| meant(entry)) {
             change(entry);
             self.changed.insert(entry.report.id);
+        }
+    }
+}
+
+impl From<Kind> for UpgradeKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Start => UpgradeKind::Start,
+            Kind::Upgrade => UpgradeKind::Upgrade,
+            Kind::Rollback => UpgradeKind::Rollback,
+            Kind::Restart => UpgradeKind::Restart,
+            Kind::Recovery => UpgradeKind::Recovery,
         }
     }
 }

@@ -10,8 +10,9 @@ use nix::sys::signalfd::{siginfo, SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 use nix::unistd::{getpid, getsid, Pid};
 use std::os::fd::{AsFd, OwnedFd};
-use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
+
+use crate::sys::readiness::Awaited;
 
 /// Passed on to the incumbent when a process (not a terminal) sent them. USR2 is kept for zddsup itself.
 const FORWARDED: [Signal; 4] = [Signal::SIGWINCH, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGALRM];
@@ -52,7 +53,7 @@ fn mask() -> SigSet {
 /// Signals as they come.
 #[derive(Debug)]
 pub struct Signals {
-    fd: AsyncFd<SignalFd>,
+    fd: Awaited<SignalFd>,
     terminal: Option<OwnedFd>,
     hangup_ignored: bool,
 }
@@ -63,7 +64,7 @@ impl Signals {
         let fd = SignalFd::with_flags(&mask(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let flags = OFlag::O_RDONLY | OFlag::O_NOCTTY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         Ok(Signals {
-            fd: AsyncFd::with_interest(fd, Interest::READABLE)?,
+            fd: Awaited::new(fd, Interest::READABLE)?,
             terminal: open("/dev/tty", flags, Mode::empty()).ok(),
             hangup_ignored: inherited_ignored(Signal::SIGHUP),
         })

@@ -1,0 +1,58 @@
+//! `zddsup run`: supervises a service to its end.
+
+use std::time::Duration;
+
+use super::exit::{Exit, Failure};
+use super::{log, text};
+use crate::config::flags::RunFlags;
+use crate::core::{End, Finish};
+use crate::listener::inherit::Inherited;
+use crate::process::output::Output;
+use crate::supervisor::run::{self, Ended};
+use crate::supervisor::{describe, signals};
+
+/// How long a slow stderr is waited for at the end.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Runs it. The exit code says how it ended (docs/exit-codes.md).
+pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
+    let config = flags.validate().map_err(|error| Failure::with(Exit::Usage, &error))?;
+    // Both before the first thread is made: the log has one.
+    signals::block().map_err(|errno| Failure::System { step: "block signals", source: errno.into() })?;
+    let inherited = Inherited::take().map_err(|error| Failure::with(Exit::Usage, &error))?;
+    let output = Output::stderr().map_err(|source| Failure::System { step: "write to stderr", source })?;
+    log::start(config.log_format, &config.log_level, output.clone())
+        .map_err(|error| Failure::with(Exit::Usage, &error))?;
+    let name = config.name.clone();
+    let ended = run::run(config, inherited, output.clone());
+    output.flush(LAST_LINES);
+    finished(&name, &ended.map_err(|error| Failure::with(Exit::Failed, &error))?)
+}
+
+fn finished(name: &str, ended: &Ended) -> Result<Exit, Failure> {
+    let reason = ended.reason.as_deref().unwrap_or("the log says why");
+    let said = |exit, line| Err(Failure::Said { exit, line });
+    match ended.finish {
+        Finish::Stopped => Ok(Exit::Done),
+        Finish::StartFailed(_) => {
+            said(Exit::NeverReady, format!("service {name}: the first version never became ready: {reason}"))
+        }
+        Finish::RestartLimit => {
+            said(Exit::RestartLimit, format!("service {name}: lost too often, restart limit reached: {reason}"))
+        }
+        Finish::ServiceEnded(end) => {
+            text::complain(&format!("service {name} {} and is not started again (--restart)", describe(end)));
+            Ok(Exit::Service(own_status(end)))
+        }
+    }
+}
+
+/// The service's status as a shell would give it.
+fn own_status(end: End) -> u8 {
+    let number = match end {
+        End::Exited(code) => code & 0xff,
+        End::Killed { signal, .. } => 128 + signal,
+        End::Unknown => 1,
+    };
+    u8::try_from(number).unwrap_or(u8::MAX)
+}

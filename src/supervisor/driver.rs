@@ -1,0 +1,186 @@
+//! Performs the core's actions, and tells it what came of them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use tokio::sync::{broadcast, mpsc};
+
+use super::counting::Counting;
+use super::reports::Reports;
+use super::running::Running;
+use super::spawning::Recipe;
+use super::store::{Keeping, Store};
+use super::upward::Upward;
+use crate::config::ServiceConfig;
+use crate::control::types::{self as control, ServicePhase};
+use crate::core::{Action, Answer, End, Event, Finish, GenerationId, Machine, Request, Time};
+use crate::handoff::channel::Incoming;
+use crate::listener::Listener;
+use crate::process::limits::Limit;
+use crate::process::output::Output;
+use crate::process::reaper::Reaper;
+use crate::process::spawn::{SpawnError, Spawned};
+use crate::ready::notify::Datagram;
+
+/// What tasks report to the loop.
+#[derive(Debug)]
+pub enum Input {
+    /// What became of a spawn.
+    Spawned(GenerationId, Result<Spawned, SpawnError>),
+    /// A main process ended.
+    Ended(GenerationId, Pid, End),
+    /// The same, after all that the generation had said before was heard.
+    Gone(GenerationId, Pid, End),
+    /// A probe succeeded, or the delay is over.
+    Probed(GenerationId),
+    /// It ran for a while without an end.
+    Settled(GenerationId),
+    /// A probe did not succeed yet.
+    WhyNot(GenerationId, String),
+    /// A notify message.
+    Notified(GenerationId, Datagram),
+    /// A handoff message.
+    Heard(GenerationId, Incoming),
+    /// Connections were counted.
+    Counted(BTreeMap<GenerationId, u64>),
+}
+
+/// One service and everything that it has.
+pub struct Driver {
+    pub(super) config: ServiceConfig,
+    pub(super) machine: Machine,
+    /// What the core has to be told once the running action is performed.
+    pub(super) happenings: VecDeque<Event>,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) running: BTreeMap<GenerationId, Running>,
+    /// The last that ended, for the status.
+    pub(super) retired: VecDeque<control::Generation>,
+    pub(super) recipes: BTreeMap<GenerationId, Recipe>,
+    pub(super) store: Store,
+    pub(super) kept: Keeping,
+    pub(super) reports: Reports,
+    pub(super) restarts: u64,
+    pub(super) inbox: mpsc::UnboundedSender<Input>,
+    pub(super) events: broadcast::Sender<control::Event>,
+    pub(super) reaper: Reaper,
+    pub(super) output: Output,
+    pub(super) nofile: Option<Limit>,
+    pub(super) epoch: Instant,
+    pub(super) started: SystemTime,
+    pub(super) start_directory: PathBuf,
+    pub(super) state_file: PathBuf,
+    pub(super) upward: Upward,
+    pub(super) counting: Counting,
+    /// When to look again whether generations without a main process are gone.
+    pub(super) sweep_due: Option<Instant>,
+    /// Whether a generation ever said that it is ready.
+    pub(super) speaks: bool,
+    /// The phase that was told last.
+    pub(super) told: Option<ServicePhase>,
+    pub(super) finish: Option<Finish>,
+    pub(super) last_failure: Option<String>,
+}
+
+impl Driver {
+    /// Time as the core counts it.
+    pub(super) fn now(&self) -> Time {
+        Time(self.epoch.elapsed())
+    }
+
+    /// Notes something for the core.
+    pub(super) fn happened(&mut self, event: Event) {
+        self.happenings.push_back(event);
+    }
+
+    /// Why everything ended, once it has.
+    pub(super) fn finished(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    /// Takes a report of a task.
+    pub(super) fn take(&mut self, input: Input) {
+        match input {
+            Input::Spawned(id, result) => self.spawned(id, result),
+            Input::Ended(id, pid, end) => self.ended(id, pid, end),
+            Input::Gone(id, pid, end) => self.gone(id, pid, end),
+            Input::Probed(id) => self.happened(Event::Ready(id)),
+            Input::Settled(id) => self.settled_in(id),
+            Input::WhyNot(id, why) => {
+                if let Some(running) = self.running.get_mut(&id) {
+                    running.why_not = Some(why);
+                }
+                self.news_of(id);
+            }
+            Input::Notified(id, datagram) => self.notified(id, datagram),
+            Input::Heard(id, incoming) => self.heard(id, incoming),
+            Input::Counted(counts) => self.counted(&counts),
+        }
+    }
+
+    /// Somebody asks for something.
+    pub(super) fn ask(&mut self, request: Request) -> Answer {
+        let answer = self.machine.request(request, self.now());
+        self.settle();
+        answer
+    }
+
+    /// Tells the core what happened and does what it says, until there is nothing left of both.
+    pub(super) fn settle(&mut self) {
+        loop {
+            if let Some(action) = self.machine.poll_action() {
+                self.perform(action);
+            } else if let Some(event) = self.happenings.pop_front() {
+                let now = self.now();
+                self.machine.handle(event, now);
+            } else {
+                break;
+            }
+        }
+        self.tell();
+    }
+
+    /// When the loop has to look at the clock again.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let core = self.machine.poll_timeout().map(|time| self.epoch + time.0);
+        let watchdogs = self.running.values().filter_map(|running| running.watchdog.due);
+        watchdogs.chain(core).chain(self.sweep_due).chain(self.counting.due()).min()
+    }
+
+    /// The clock was looked at.
+    pub(super) fn tick(&mut self) {
+        let now = Instant::now();
+        for running in self.running.values_mut() {
+            if running.watchdog.due.is_some_and(|due| due <= now) {
+                running.watchdog.due = None;
+                tracing::error!(generation = %running.id, "gave no sign of life within its watchdog's time");
+                self.happenings.push_back(Event::WatchdogExpired(running.id));
+            }
+        }
+        if self.machine.poll_timeout().is_some_and(|due| due <= self.now()) {
+            self.happened(Event::Timeout);
+        }
+        if self.sweep_due.is_some_and(|due| due <= now) {
+            self.sweep();
+        }
+        if self.counting.due().is_some_and(|due| due <= now) {
+            self.count();
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Spawn { generation, source } => self.spawn(generation, source),
+            Action::Switch { from, to } => self.switch(from, to),
+            Action::Drain(id) => self.drain(id),
+            Action::Stop(id) => self.signal(id, self.config.stop_signal),
+            Action::Abort(id) => self.signal_main(id, Signal::SIGABRT),
+            Action::Kill(id) => self.signal(id, Signal::SIGKILL),
+            Action::Release(id) => self.release(id),
+            Action::Notice(notice) => self.noticed(notice),
+            Action::Finish(finish) => self.finish = Some(finish),
+        }
+    }
+}

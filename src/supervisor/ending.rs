@@ -1,0 +1,204 @@
+//! How generations end: watched, drained, signalled, swept, released.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use tokio::sync::oneshot;
+
+use super::driver::{Driver, Input};
+use super::running::Main;
+use super::signals;
+use super::spawning::LOOK_AGAIN;
+use crate::control::types as control;
+use crate::core::{End, Event, GenerationId};
+use crate::handoff::channel::Outgoing;
+use crate::process::group::{signal_main, Group, Member};
+use crate::process::spawn::{SpawnError, Spawned};
+use crate::proto::handoff::ToGeneration;
+use crate::sys::pidfd::PidFd;
+
+impl Driver {
+    pub(super) fn spawned(&mut self, id: GenerationId, result: Result<Spawned, SpawnError>) {
+        let Some(running) = self.running.get_mut(&id) else { return };
+        match result {
+            Ok(spawned) => {
+                tracing::info!(generation = %id, pid = spawned.member.pid, program = %running.program_path(), "started");
+                self.watch_main(id, spawned.member, spawned.pidfd, Some(spawned.end));
+                self.happened(Event::Spawned(id));
+                self.reports.spawned(id, Instant::now());
+                self.await_ready(id);
+                self.record();
+            }
+            Err(error) => {
+                running.spawn_error = Some(error.to_string());
+                self.happened(Event::SpawnFailed(id));
+            }
+        }
+    }
+
+    /// From now on the end of this process is the generation's. `end` comes from the reaper where it is our child.
+    pub(super) fn watch_main(
+        &mut self,
+        id: GenerationId,
+        member: Member,
+        pidfd: PidFd,
+        end: Option<oneshot::Receiver<End>>,
+    ) {
+        let Ok(watched) = pidfd.try_clone() else { return };
+        let pid = Pid::from_raw(member.pid);
+        let end = end.unwrap_or_else(|| self.reaper.watch(pid));
+        let inbox = self.inbox.clone();
+        let task = tokio::spawn(async move {
+            let _cannot_be_watched = watched.exited().await;
+            // One that is not our child is reaped by its parent, and its status is not for us.
+            let reaped = tokio::time::timeout(Duration::from_secs(1), end).await;
+            let end = reaped.ok().and_then(Result::ok).unwrap_or(End::Unknown);
+            let _loop_is_gone = inbox.send(Input::Ended(id, pid, end));
+        });
+        let Some(running) = self.running.get_mut(&id) else { return };
+        if running.group.is_none() {
+            running.group = Some(Arc::new(Group::new(member, running.marker.clone())));
+        }
+        running.main = Some(Main { member, pidfd, watch: task.abort_handle() });
+    }
+
+    /// The end is taken after everything that the generation said before it.
+    pub(super) fn ended(&mut self, id: GenerationId, pid: Pid, end: End) {
+        let Some(running) = self.running.get(&id) else { return };
+        if let Some(channel) = &running.channel {
+            channel.catch_up();
+        }
+        if let Some(notify) = running.notify.clone() {
+            while let Ok(Some(datagram)) = notify.try_recv() {
+                self.notified(id, datagram);
+            }
+        }
+        let _loop_is_gone = self.inbox.send(Input::Gone(id, pid, end));
+    }
+
+    /// A generation was taken over without its main process: what is left of it is swept.
+    pub(super) fn main_is_gone(&mut self, id: GenerationId) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.end = Some(End::Unknown);
+            self.happened(Event::Exited { generation: id, end: End::Unknown, alone: false });
+            self.sweep_due = Some(Instant::now() + LOOK_AGAIN);
+        }
+    }
+
+    pub(super) fn gone(&mut self, id: GenerationId, pid: Pid, end: End) {
+        let Some(running) = self.running.get_mut(&id) else { return };
+        if running.main.as_ref().is_some_and(|main| main.member.pid != pid.as_raw()) {
+            // A daemon's first process: MAINPID named another one meanwhile.
+            return;
+        }
+        running.main = None;
+        running.end = Some(end);
+        running.watchdog.due = None;
+        if let Some(capture) = &running.capture {
+            capture.catch_up();
+        }
+        let alone = running.group.as_ref().is_none_or(|group| group.is_empty().unwrap_or(false));
+        tracing::info!(generation = %id, pid = pid.as_raw(), "{}", describe(end));
+        self.happened(Event::Exited { generation: id, end, alone });
+        if !alone {
+            self.sweep_due = Some(Instant::now() + LOOK_AGAIN);
+        }
+        self.repair_listeners();
+    }
+
+    /// Looks whether generations without a main process are gone altogether.
+    pub(super) fn sweep(&mut self) {
+        let empty: Vec<_> = self
+            .running
+            .values()
+            .filter(|running| running.end.is_some())
+            .filter(|running| running.group.as_ref().is_none_or(|group| group.is_empty().unwrap_or(false)))
+            .map(|running| running.id)
+            .collect();
+        let left = self.running.values().filter(|running| running.end.is_some()).count() > empty.len();
+        // The last of them is our child and its end is reported; this is for those that are not.
+        self.sweep_due = left.then(|| Instant::now() + LOOK_AGAIN);
+        for id in empty {
+            self.happened(Event::Emptied(id));
+        }
+    }
+
+    fn leaves(&mut self, id: GenerationId) {
+        self.reports.leaves(id, Instant::now());
+        self.counting.wanted();
+    }
+
+    pub(super) fn drain(&mut self, id: GenerationId) {
+        self.leaves(id);
+        let timeout_ms = self.config.drain_timeout.and_then(|limit| u64::try_from(limit.as_millis()).ok());
+        let channel = self.running.get(&id).and_then(|running| running.channel.as_ref());
+        if let Some(channel) = channel.filter(|channel| channel.has_spoken()) {
+            tracing::info!(generation = %id, "drains");
+            channel.send(Outgoing { message: ToGeneration::Drain { timeout_ms }, fds: Vec::new() });
+        } else {
+            tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
+            self.signal_main(id, self.config.stop_signal);
+        }
+        self.record();
+        self.news_of(id);
+    }
+
+    pub(super) fn signal_main(&mut self, id: GenerationId, signal: Signal) {
+        self.leaves(id);
+        let Some(main) = self.running.get(&id).and_then(|running| running.main.as_ref()) else { return };
+        if let Err(error) = signal_main(&main.pidfd, signal) {
+            tracing::error!(generation = %id, "cannot send {signal}: {error}");
+        }
+    }
+
+    pub(super) fn signal(&mut self, id: GenerationId, signal: Signal) {
+        self.leaves(id);
+        let Some(group) = self.running.get(&id).and_then(|running| running.group.as_ref()) else { return };
+        tracing::info!(generation = %id, "{signal} to all of its processes");
+        let sent = group.signal_all(signal).and_then(|_| match signal {
+            // A stopped process would sleep through it.
+            Signal::SIGKILL => Ok(0),
+            _ => group.signal_all(Signal::SIGCONT),
+        });
+        if let Err(error) = sent {
+            tracing::error!(generation = %id, "cannot send {signal}: {error}");
+        }
+        self.news_of(id);
+    }
+
+    pub(super) fn release(&mut self, id: GenerationId) {
+        self.repair_listeners();
+        self.store.discard(id);
+        self.kept.lost(id);
+        self.reports.released(id, Instant::now());
+        if let Some(running) = self.running.remove(&id) {
+            tracing::info!(generation = %id, "is gone to its last process");
+            let retired = self.describe(&running, control::GenerationPhase::Retired);
+            let _nobody_listens = self.events.send(control::Event::Generation(retired.clone()));
+            self.retired.push_front(retired);
+            self.retired.truncate(5);
+        }
+        self.pass_on_kept();
+        self.forget_programs();
+        self.record();
+    }
+
+    /// Lets go of executables that nothing may run any more.
+    pub(super) fn forget_programs(&mut self) {
+        let machine = &self.machine;
+        self.recipes.retain(|&program, _| machine.needs_program(program));
+    }
+}
+
+/// An end in words.
+#[must_use]
+pub fn describe(end: End) -> String {
+    match end {
+        End::Exited(code) => format!("exited with status {code}"),
+        End::Killed { signal, core: false } => format!("was killed by {}", signals::name(signal)),
+        End::Killed { signal, core: true } => format!("was killed by {} (core dumped)", signals::name(signal)),
+        End::Unknown => "ended (its status is not known)".to_owned(),
+    }
+}

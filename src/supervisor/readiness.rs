@@ -1,0 +1,84 @@
+//! How the supervisor learns that a candidate can serve.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::driver::{Driver, Input};
+use crate::config::Ready;
+use crate::core::{Event, GenerationId};
+use crate::ready::probe;
+
+/// `--ready auto`: a service that never said anything counts as ready when it has run this long.
+pub const SETTLES_AFTER: Duration = Duration::from_secs(1);
+
+impl Driver {
+    /// A candidate runs: waits for what shows that it is ready.
+    pub(super) fn await_ready(&mut self, id: GenerationId) {
+        let inbox = self.inbox.clone();
+        let task = match &self.config.ready {
+            // It says so itself.
+            Ready::Notify => return,
+            Ready::Auto if self.speaks => return,
+            Ready::Auto => tokio::spawn(async move {
+                tokio::time::sleep(SETTLES_AFTER).await;
+                let _loop_is_gone = inbox.send(Input::Settled(id));
+            }),
+            Ready::Delay(delay) => {
+                let delay = *delay;
+                tokio::spawn(async move {
+                    tokio::time::sleep(delay).await;
+                    let _loop_is_gone = inbox.send(Input::Probed(id));
+                })
+            }
+            Ready::Probe(target) => {
+                let Some(running) = self.running.get(&id) else { return };
+                let Some(group) = running.group.clone() else { return };
+                let context = probe::Context {
+                    service: self.config.name.clone(),
+                    generation: id.0,
+                    pid: group.leader().pid,
+                    pids: Arc::new(move || group.pids()),
+                    reaper: self.reaper.clone(),
+                    timeout: self.config.probe_timeout,
+                };
+                let target = target.clone();
+                tokio::spawn(async move {
+                    let why_not = inbox.clone();
+                    probe::until_ready(&target, &context, |why| {
+                        let _loop_is_gone = why_not.send(Input::WhyNot(id, why));
+                    })
+                    .await;
+                    let _loop_is_gone = inbox.send(Input::Probed(id));
+                })
+            }
+        };
+        if let Some(running) = self.running.get_mut(&id) {
+            running.tasks.add(&task);
+        }
+    }
+
+    /// It said that it is ready: by a notify or a handoff message.
+    pub(super) fn says_ready(&mut self, id: GenerationId) {
+        match self.config.ready {
+            Ready::Auto | Ready::Notify => {
+                self.speaks = true;
+                self.happened(Event::Ready(id));
+            }
+            Ready::Delay(_) | Ready::Probe(_) => {}
+        }
+    }
+
+    /// It ran for [`SETTLES_AFTER`] and may be one that says nothing.
+    pub(super) fn settled_in(&mut self, id: GenerationId) {
+        let Some(running) = self.running.get(&id) else { return };
+        let has_spoken = running.said.anything || running.channel.as_ref().is_some_and(|channel| channel.has_spoken());
+        if running.ready || self.speaks || has_spoken {
+            return;
+        }
+        tracing::warn!(
+            generation = %id,
+            "ran for {SETTLES_AFTER:?} and said nothing: taken as ready; a probe (--ready http://…, exec:…) or READY=1 knows better"
+        );
+        self.happened(Event::Ready(id));
+    }
+}

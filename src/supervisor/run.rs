@@ -1,0 +1,265 @@
+//! From a configuration to the end of the service.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
+
+use nix::sys::signal::Signal;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::counting::Counting;
+use super::driver::{Driver, Input};
+use super::instance::{Lock, LockError, PidFile};
+use super::reports::Reports;
+use super::signals::{Signals, Wish};
+use super::store::{Keeping, Store};
+use super::takeover::Orphans;
+use super::upward::Upward;
+use crate::config::{start_directory, ConfigError, ServiceConfig};
+use crate::control::server::{self, Server};
+use crate::control::types as control;
+use crate::control::{place, types::Handle};
+use crate::core::{Answer, Finish, Machine, Refusal, Request};
+use crate::listener::inherit::Inherited;
+use crate::listener::{self, BindError, Listener};
+use crate::process::limits;
+use crate::process::output::Output;
+use crate::process::reaper::Reaper;
+
+/// News that a slow follower may be behind before some are left out.
+const EVENTS_HELD: usize = 256;
+
+/// Why a supervisor cannot begin. Nothing was spawned.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The name is taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The runtime directory cannot be had.
+    #[error(transparent)]
+    Place(#[from] place::PlaceError),
+    /// A listener cannot be had.
+    #[error(transparent)]
+    Listener(#[from] BindError),
+    /// What systemd passed does not fit the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The control socket cannot be had.
+    #[error(transparent)]
+    Control(#[from] server::BindError),
+    /// The pid file cannot be written.
+    #[error("cannot write the pid file {path:?}: {source}")]
+    PidFile {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kernel refuses something that every supervisor needs.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// How a service ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub finish: Finish,
+    /// In words, where something failed.
+    pub reason: Option<String>,
+}
+
+/// Supervises a service to its end. `signals::block` was called before any thread was made.
+///
+/// # Errors
+/// When it cannot begin; nothing was spawned then.
+pub fn run(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| StartError::System { what: "start the event loop", source })?;
+    runtime.block_on(supervise(config, inherited, output))
+}
+
+async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
+    let system = |what| move |source| StartError::System { what, source };
+    let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
+    let reaper = Reaper::new();
+    reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
+    let signals = Signals::new().map_err(system("listen to signals"))?;
+
+    let directory = place::runtime_dir()?;
+    let name = config.name.clone();
+    let file = |ending| directory.join(format!("{name}.{ending}"));
+    let _lock = Lock::take(&file("lock"), &config.name)?;
+    let mut orphans = Orphans::find(&file("state"));
+    let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
+    config.check_listeners(&listeners)?;
+    let server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
+    let _pid_file = config.pid_file.as_deref().map(write_pid_file).transpose()?;
+
+    let (commands, mut asked) = mpsc::channel(64);
+    let (inbox, mut inputs) = mpsc::unbounded_channel();
+    let (events, _) = broadcast::channel(EVENTS_HELD);
+    let (over, is_over) = oneshot::channel::<()>();
+    let handle = Handle { commands, events: events.clone() };
+    let served = tokio::spawn(server.serve(handle, async { drop(is_over.await) }));
+    let mut driver = Driver::new(config, listeners, nofile, reaper, output, file("state"), inbox, events);
+    driver.begin(orphans);
+
+    let finish = loop {
+        driver.settle();
+        if let Some(finish) = driver.finished() {
+            break finish;
+        }
+        tokio::select! {
+            wish = signals.next() => driver.wish(wish.map_err(system("read a signal"))?),
+            Some(request) = asked.recv() => driver.answer(request),
+            Some(input) = inputs.recv() => driver.take(input),
+            () = until(driver.due()) => driver.tick(),
+        }
+    };
+    let ended = driver.end(finish);
+    drop(over);
+    let _cannot_panic = served.await;
+    Ok(ended)
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn write_pid_file(path: &Path) -> Result<PidFile, StartError> {
+    PidFile::write(path).map_err(|source| StartError::PidFile { path: path.to_owned(), source })
+}
+
+impl Driver {
+    fn new(
+        config: ServiceConfig,
+        listeners: Vec<Listener>,
+        nofile: Option<limits::Limit>,
+        reaper: Reaper,
+        output: Output,
+        state_file: PathBuf,
+        inbox: mpsc::UnboundedSender<Input>,
+        events: broadcast::Sender<control::Event>,
+    ) -> Self {
+        let machine = Machine::new(config.policy(fastrand::u64(..)));
+        Driver {
+            store: Store::new(config.fdstore_max),
+            config,
+            machine,
+            happenings: Default::default(),
+            listeners,
+            running: Default::default(),
+            retired: Default::default(),
+            recipes: Default::default(),
+            kept: Keeping::default(),
+            reports: Reports::default(),
+            restarts: 0,
+            inbox,
+            events,
+            reaper,
+            output,
+            nofile,
+            epoch: Instant::now(),
+            started: SystemTime::now(),
+            start_directory: start_directory(),
+            state_file,
+            upward: Upward::default(),
+            counting: Counting::default(),
+            sweep_due: None,
+            speaks: false,
+            told: None,
+            finish: None,
+            last_failure: None,
+        }
+    }
+
+    /// The first generation; or, where a killed supervisor left one that serves, an upgrade of that.
+    fn begin(&mut self, orphans: Orphans) {
+        for listener in &self.listeners {
+            tracing::info!(listener = listener.name(), "listens on {}", listener.address());
+        }
+        if self.take_over(orphans) {
+            self.machine.request(Request::Upgrade, self.now());
+        } else {
+            self.machine.start(self.now());
+        }
+    }
+
+    /// A signal came.
+    fn wish(&mut self, wish: Wish) {
+        let request = match wish {
+            Wish::Upgrade => Request::Upgrade,
+            Wish::Stop => Request::Stop,
+            Wish::Quit => Request::Quit,
+            Wish::PrintStatus => return tracing::info!("{}", self.one_line()),
+            Wish::Reap => {
+                self.reaper.reap();
+                return self.sweep();
+            }
+            Wish::Forward(signal) => return self.forward(signal),
+        };
+        match self.ask(request) {
+            Answer::Accepted(id) => tracing::info!(upgrade = %id, "asked for by a signal"),
+            Answer::Stopping => {}
+            Answer::Refused(refusal) => {
+                let refusal = in_words(refusal);
+                tracing::warn!("refused: {}; {}", refusal.reason, refusal.remedy);
+            }
+        }
+    }
+
+    /// A command came by the control socket.
+    fn answer(&mut self, request: control::Request) {
+        let asked = match request.command {
+            control::Command::Status => return self.reply_with_status(request.reply),
+            control::Command::Upgrade => Request::Upgrade,
+            control::Command::Rollback => Request::Rollback,
+            control::Command::Restart => Request::Restart,
+            control::Command::Stop { quick: false } => Request::Stop,
+            control::Command::Stop { quick: true } => Request::Quit,
+        };
+        let reply = match self.ask(asked) {
+            Answer::Accepted(id) => control::Reply::Accepted { upgrade: id.0 },
+            Answer::Stopping => control::Reply::Stopping,
+            Answer::Refused(refusal) => control::Reply::Refused(in_words(refusal)),
+        };
+        let _gone = request.reply.send(reply);
+    }
+
+    /// Passes a signal on to the incumbent's main process.
+    fn forward(&self, signal: Signal) {
+        let main = self.machine.serving().and_then(|id| self.running.get(&id)?.main.as_ref());
+        if let Some(main) = main {
+            let _gone_already = main.pidfd.signal(signal);
+        }
+    }
+
+    /// Everything is gone: closes the listeners.
+    fn end(self, finish: Finish) -> Ended {
+        let _never_written = std::fs::remove_file(&self.state_file);
+        drop(self.listeners);
+        Ended { finish, reason: self.last_failure }
+    }
+}
+
+fn in_words(refusal: Refusal) -> control::Refusal {
+    let (reason, remedy) = match refusal {
+        Refusal::Stopping => ("the supervisor is stopping", "start it again"),
+        Refusal::NothingBefore => {
+            ("no version served before the one that serves now", "put the former program in place and upgrade")
+        }
+        Refusal::NothingServed => ("no version has been ready yet", "wait for the first one, or upgrade"),
+    };
+    control::Refusal { reason: reason.to_owned(), remedy: remedy.to_owned() }
+}

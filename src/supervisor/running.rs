@@ -1,0 +1,153 @@
+//! What is held for a generation while it lives. Dropped when it is released, and everything of it with it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use tokio::task::{AbortHandle, JoinHandle};
+
+use crate::core::{End, GenerationId};
+use crate::handoff::channel::Channel;
+use crate::process::group::{Group, Member};
+use crate::process::output::Capture;
+use crate::process::program::Program;
+use crate::ready::notify::NotifySocket;
+use crate::sys::pidfd::PidFd;
+
+/// A generation's process and all that serves it.
+#[derive(Debug)]
+pub struct Running {
+    /// Its number.
+    pub id: GenerationId,
+    /// What it runs; none where it could not be resolved.
+    pub program: Option<Arc<Program>>,
+    /// By which its processes are found.
+    pub marker: String,
+    /// When its spawn began.
+    pub since: Instant,
+    /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
+    pub main: Option<Main>,
+    /// All of its processes, once there is one.
+    pub group: Option<Arc<Group>>,
+    /// Where it says READY=1; none for one that was taken over.
+    pub notify: Option<Arc<NotifySocket>>,
+    /// The supervisor's end of its handoff socket.
+    pub channel: Option<Channel>,
+    /// Its stderr.
+    pub capture: Option<Capture>,
+    /// What it said of itself.
+    pub said: Said,
+    /// Whether it was switched to once.
+    pub ready: bool,
+    /// Connections that it had when they were counted last.
+    pub connections: Option<u64>,
+    /// Why its probe has not succeeded yet.
+    pub why_not: Option<String>,
+    /// Why it could not be spawned.
+    pub spawn_error: Option<String>,
+    /// How its main process ended.
+    pub end: Option<End>,
+    /// The listeners' status flags before it could touch them.
+    pub flags_before: Vec<OFlag>,
+    /// Its watchdog.
+    pub watchdog: Watchdog,
+    /// Tasks that end with it.
+    pub tasks: Tasks,
+}
+
+/// A generation's main process.
+#[derive(Debug)]
+pub struct Main {
+    /// Which.
+    pub member: Member,
+    /// The process itself.
+    pub pidfd: PidFd,
+    /// Reports its end.
+    pub watch: AbortHandle,
+}
+
+/// What a generation said of itself by notify messages.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// Whether it said anything at all.
+    pub anything: bool,
+    /// STATUS=
+    pub status: Option<String>,
+    /// ERRNO=
+    pub errno: Option<i32>,
+    /// BUSERROR=
+    pub bus_error: Option<String>,
+    /// STOPPING=1
+    pub stopping: bool,
+}
+
+/// When a generation must have shown a sign of life.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Watchdog {
+    /// How often; none is never.
+    pub every: Option<Duration>,
+    /// By when; none until it is ready.
+    pub due: Option<Instant>,
+}
+
+impl Watchdog {
+    /// It lives: the next sign is due a full interval from now.
+    pub fn fed(&mut self, now: Instant) {
+        self.due = self.every.map(|every| now + every);
+    }
+
+    /// As [`Watchdog::fed`], unless it is not watched yet, or no more.
+    pub fn fed_if_due(&mut self, now: Instant) {
+        if self.due.is_some() {
+            self.fed(now);
+        }
+    }
+}
+
+/// Tasks that are aborted when this is dropped.
+#[derive(Debug, Default)]
+pub struct Tasks(Vec<AbortHandle>);
+
+impl Tasks {
+    /// Ties a task to this.
+    pub fn add<T>(&mut self, task: &JoinHandle<T>) {
+        self.0.retain(|task| !task.is_finished());
+        self.0.push(task.abort_handle());
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Main {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+impl Running {
+    /// The last lines of its stderr.
+    #[must_use]
+    pub fn last_words(&self) -> Vec<String> {
+        let Some(capture) = &self.capture else { return Vec::new() };
+        capture.catch_up();
+        capture.tail().lines()
+    }
+
+    /// Where its program lies, for the log.
+    #[must_use]
+    pub fn program_path(&self) -> String {
+        self.program.as_ref().map_or_else(String::new, |program| program.path().display().to_string())
+    }
+
+    /// Pid of its main process.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.main.as_ref().map(|main| main.member.pid)
+    }
+}

@@ -1,0 +1,295 @@
+//! The one place where a generation's program, environment and fds are made.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::driver::{Driver, Input};
+use super::running::{Running, Said, Tasks, Watchdog};
+use crate::config::{environment, EnvError, Handoff};
+use crate::core::{Event, GenerationId, Source};
+use crate::handoff::channel::Channel;
+use crate::process::group::MARKER_VAR;
+use crate::process::identity::{Identity, IdentityError};
+use crate::process::program::{Program, ProgramError};
+use crate::process::spawn::{spawn, Launch};
+use crate::proto::{compat, listen_fds, placeholder};
+use crate::ready::notify::NotifySocket;
+
+/// What a generation runs, as it was resolved once. A rollback, a restart and a recovery run it again.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// The executable, held open.
+    pub program: Arc<Program>,
+    /// Arguments, the program's name first, with placeholders.
+    pub args: Vec<OsString>,
+    /// Environment, with placeholders, without what zddsup adds.
+    pub env: BTreeMap<OsString, OsString>,
+    /// Working directory.
+    pub directory: PathBuf,
+}
+
+/// Why a generation cannot be spawned, before anything is forked.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The environment cannot be made.
+    #[error(transparent)]
+    Environment(#[from] EnvError),
+    /// The program cannot be found.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// The user or group is unknown.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A placeholder names no listener.
+    #[error(transparent)]
+    Placeholder(#[from] placeholder::PlaceholderError),
+    /// A socket or pipe for it cannot be made.
+    #[error("cannot make its {what}: {source}; is the limit of open files reached?")]
+    Fd {
+        /// What was to be made.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// A listener as a generation has it.
+struct Numbered {
+    name: String,
+    address: String,
+    fd: i32,
+}
+
+/// Fds that a generation gets, in order from 3, and what names them.
+struct Handed {
+    fds: Vec<Arc<OwnedFd>>,
+    listeners: Vec<Numbered>,
+    names: Vec<String>,
+    channel: Option<(Channel, i32)>,
+}
+
+impl Driver {
+    /// Performs `Action::Spawn`.
+    pub(super) fn spawn(&mut self, id: GenerationId, source: Source) {
+        let mut running = Running {
+            id,
+            program: None,
+            marker: format!("{:032x}", fastrand::u128(..)),
+            since: Instant::now(),
+            main: None,
+            group: None,
+            notify: None,
+            channel: None,
+            capture: None,
+            said: Said::default(),
+            ready: false,
+            connections: None,
+            why_not: None,
+            spawn_error: None,
+            end: None,
+            flags_before: self.flags(),
+            watchdog: Watchdog { every: self.config.watchdog, due: None },
+            tasks: Tasks::default(),
+        };
+        match self.launch(source, &mut running) {
+            Ok(launch) => {
+                let reaper = self.reaper.clone();
+                let inbox = self.inbox.clone();
+                // Not one of the generation's tasks: whatever becomes of it, a process that was forked is reported.
+                tokio::spawn(async move {
+                    let result = spawn(launch, &reaper).await;
+                    let _loop_is_gone = inbox.send(Input::Spawned(id, result));
+                });
+            }
+            Err(error) => {
+                running.spawn_error = Some(error.to_string());
+                self.happened(Event::SpawnFailed(id));
+            }
+        }
+        self.running.insert(id, running);
+        self.news_of(id);
+    }
+
+    fn launch(&mut self, source: Source, running: &mut Running) -> Result<Launch, LaunchError> {
+        let id = running.id;
+        let (recipe, recorded) = match source {
+            Source::Recorded(program) if self.recipes.contains_key(&program) => (self.recipes[&program].clone(), true),
+            Source::Recorded(_) | Source::Fresh => {
+                let recipe = self.resolve()?;
+                self.recipes.insert(id, recipe.clone());
+                (recipe, false)
+            }
+        };
+        running.program = Some(Arc::clone(&recipe.program));
+        self.compute_digest(&recipe.program);
+        let identity = match (&self.config.user, &self.config.group) {
+            (None, None) => None,
+            (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
+        };
+        let mut handed = self.hand_off(id)?;
+        let notify = NotifySocket::new().map_err(|source| LaunchError::Fd { what: "notify socket", source })?;
+        let (capture, stderr) =
+            self.output.capture().map_err(|source| LaunchError::Fd { what: "pipe for stderr", source })?;
+        let env = self.environment(running, &recipe, &handed, identity.as_ref(), &notify)?;
+        let expanded: Result<Vec<_>, _> = recipe.args.iter().map(|arg| handed.expand(arg, id)).collect();
+        running.capture = Some(capture);
+        running.channel = handed.channel.take().map(|(channel, _)| channel);
+        self.listen_to(running, notify);
+        Ok(Launch {
+            program: Arc::clone(&recipe.program),
+            recorded,
+            args: expanded?,
+            env,
+            directory: recipe.directory,
+            listen_pid: !handed.names.is_empty(),
+            fds: handed.fds,
+            stdout: None,
+            stderr: Some(stderr),
+            identity,
+            umask: self.config.umask,
+            limits: self.nofile.into_iter().chain(self.config.limits.iter().copied()).collect(),
+            nice: self.config.nice,
+            oom_score_adj: self.config.oom_score_adj,
+        })
+    }
+
+    /// Everything about the program, anew: environment files, PATH, symlinks, working directory.
+    fn resolve(&self) -> Result<Recipe, LaunchError> {
+        let env = environment::for_generation(&self.config)?;
+        let directory = match &self.config.chdir {
+            Some(directory) => self.start_directory.join(directory),
+            None => self.start_directory.clone(),
+        };
+        let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
+        let program = Program::resolve(&self.config.command[0], path, &directory)?;
+        Ok(Recipe { program: Arc::new(program), args: self.config.command.clone(), env, directory })
+    }
+
+    /// Which fds it gets: listeners, then what was stored, then the handoff socket.
+    fn hand_off(&mut self, id: GenerationId) -> Result<Handed, LaunchError> {
+        let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds);
+        let by_socket = matches!(self.config.handoff, Handoff::Auto | Handoff::Socket);
+        let mut handed = Handed { fds: Vec::new(), listeners: Vec::new(), names: Vec::new(), channel: None };
+        let stored = self.store.for_next();
+        let kept = || stored.iter().map(|stored| (stored.name.clone(), Arc::clone(&stored.fd)));
+        if by_number {
+            for listener in &self.listeners {
+                let (name, address) = (listener.name().to_owned(), listener.address());
+                handed.listeners.push(Numbered { name, address, fd: handed.next_number() });
+                handed.place(listener.name().to_owned(), listener.fd());
+            }
+            for (name, fd) in kept() {
+                handed.place(name, fd);
+            }
+        }
+        if by_socket {
+            let sockets = self.listeners.iter().map(|listener| (listener.name().to_owned(), listener.fd()));
+            let named: Vec<_> = sockets.chain(kept()).collect();
+            let inbox = self.inbox.clone();
+            let heard = move |incoming| drop(inbox.send(Input::Heard(id, incoming)));
+            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, heard)
+                .map_err(|source| LaunchError::Fd { what: "handoff socket", source })?;
+            let number = handed.next_number();
+            handed.fds.push(Arc::new(end));
+            handed.channel = Some((channel, number));
+        }
+        Ok(handed)
+    }
+
+    fn environment(
+        &self,
+        running: &Running,
+        recipe: &Recipe,
+        handed: &Handed,
+        identity: Option<&Identity>,
+        notify: &NotifySocket,
+    ) -> Result<Vec<(OsString, OsString)>, LaunchError> {
+        let mut env = BTreeMap::new();
+        for (name, value) in &recipe.env {
+            env.insert(name.clone(), handed.expand(value, running.id)?);
+        }
+        if let Some(identity) = identity {
+            for (name, value) in identity.environment() {
+                env.entry(name.into()).or_insert_with(|| value.into());
+            }
+        }
+        let mut add = |name: &str, value: String| drop(env.insert(name.into(), value.into()));
+        add(MARKER_VAR, running.marker.clone());
+        add("ZDDSUP_SERVICE", self.config.name.clone());
+        add("ZDDSUP_GENERATION", running.id.to_string());
+        add("NOTIFY_SOCKET", notify.address());
+        if let Some(every) = self.config.watchdog {
+            add("WATCHDOG_USEC", every.as_micros().to_string());
+        }
+        if let Some((_, number)) = &handed.channel {
+            add("ZDDSUP_SOCKET", number.to_string());
+        }
+        if !handed.names.is_empty() {
+            listen_fds::encode(&handed.names).into_iter().for_each(|(name, value)| add(name, value));
+        }
+        if !handed.listeners.is_empty() {
+            let listeners: Vec<_> = handed.listeners.iter().map(Numbered::for_others).collect();
+            if self.config.compat.start_server {
+                compat::start_server(&listeners, running.id.0).into_iter().for_each(|(name, value)| add(&name, value));
+            }
+            if self.config.compat.einhorn {
+                compat::einhorn(&listeners).into_iter().for_each(|(name, value)| add(&name, value));
+            }
+        }
+        Ok(env.into_iter().collect())
+    }
+
+    /// Takes what it says on its notify socket from now on.
+    fn listen_to(&self, running: &mut Running, notify: NotifySocket) {
+        let (id, inbox, notify) = (running.id, self.inbox.clone(), Arc::new(notify));
+        let socket = Arc::clone(&notify);
+        let task = tokio::spawn(async move {
+            while let Ok(datagram) = socket.recv().await {
+                if inbox.send(Input::Notified(id, datagram)).is_err() {
+                    break;
+                }
+                // One that floods its socket must not outrun the loop.
+                tokio::task::yield_now().await;
+            }
+        });
+        running.notify = Some(notify);
+        running.tasks.add(&task);
+    }
+
+    /// The digest is for people: computed beside, when nothing waits for it.
+    fn compute_digest(&self, program: &Arc<Program>) {
+        if program.sha256().is_none() {
+            let program = Arc::clone(program);
+            tokio::task::spawn_blocking(move || program.digest());
+        }
+    }
+}
+
+impl Numbered {
+    fn for_others(&self) -> compat::Handed<'_> {
+        compat::Handed { address: &self.address, fd: self.fd }
+    }
+}
+
+impl Handed {
+    fn next_number(&self) -> i32 {
+        3 + i32::try_from(self.fds.len()).unwrap_or(i32::MAX - 3)
+    }
+
+    fn place(&mut self, name: String, fd: Arc<OwnedFd>) {
+        self.fds.push(fd);
+        self.names.push(name);
+    }
+
+    fn expand(&self, text: &OsStr, id: GenerationId) -> Result<OsString, placeholder::PlaceholderError> {
+        let numbers: Vec<_> = self.listeners.iter().map(|listener| (listener.name.as_str(), listener.fd)).collect();
+        placeholder::expand(text, &numbers, id.0)
+    }
+}
+
+/// How often the sweep and the count look again, where nothing reports the change.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(500);

@@ -1,0 +1,77 @@
+//! The switch, with the sockets and what is kept that go with it.
+
+use std::time::Instant;
+
+use nix::fcntl::OFlag;
+
+use super::driver::Driver;
+use crate::core::GenerationId;
+use crate::handoff::channel::Outgoing;
+use crate::listener::Repair;
+use crate::proto::handoff::ToGeneration;
+
+impl Driver {
+    pub(super) fn switch(&mut self, from: Option<GenerationId>, to: GenerationId) {
+        let switched_back = self.running.get(&to).is_some_and(|running| running.ready);
+        if let (true, Some(from)) = (switched_back, from) {
+            self.restore_flags(from);
+        }
+        self.store.commit(to);
+        if let Some(running) = self.running.get_mut(&to) {
+            running.ready = true;
+            running.watchdog.fed(Instant::now());
+            running.why_not = None;
+        }
+        match from {
+            Some(from) => tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}"),
+            None => tracing::info!(generation = %to, "serves"),
+        }
+        self.pass_on_kept();
+        self.upward.ready();
+        self.record();
+        self.news_of(to);
+        if let Some(from) = from {
+            self.news_of(from);
+        }
+    }
+
+    /// Sends what generations passed on to the one that serves.
+    pub(super) fn pass_on_kept(&mut self) {
+        let Some(serving) = self.machine.serving() else { return };
+        let channel = self.running.get(&serving).and_then(|running| running.channel.as_ref());
+        let Some(channel) = channel.filter(|channel| channel.has_spoken()) else { return };
+        for item in self.kept.send_to(serving) {
+            let message = ToGeneration::Kept { id: item.id, name: item.name, state: item.state };
+            channel.send(Outgoing { message, fds: item.fds });
+        }
+    }
+
+    /// Puts right what a generation may have done to the sockets for all: shutdown(2), listen(2) with its own backlog.
+    pub(super) fn repair_listeners(&mut self) {
+        for listener in &self.listeners {
+            match listener.repair() {
+                Ok(Repair::Untouched) => {}
+                Ok(Repair::Relistened) => {
+                    tracing::error!(
+                        listener = listener.name(),
+                        "a generation called shutdown(2) on the shared socket: listening again; connections that \
+                         waited in its queue were reset by that call"
+                    );
+                }
+                Err(error) => tracing::error!(listener = listener.name(), "cannot listen again: {error}"),
+            }
+        }
+    }
+
+    pub(super) fn flags(&self) -> Vec<OFlag> {
+        self.listeners.iter().map(|listener| listener.status_flags().unwrap_or(OFlag::empty())).collect()
+    }
+
+    /// The sockets' status flags as they were before a candidate touched them.
+    pub(super) fn restore_flags(&self, candidate: GenerationId) {
+        let Some(running) = self.running.get(&candidate) else { return };
+        for (listener, flags) in self.listeners.iter().zip(&running.flags_before) {
+            listener.restore_flags(*flags);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Going on after a supervisor that was killed: who runs with which sockets is written down, and the next supervisor of
+//! that name takes the sockets out of the living processes (pidfd_getfd(2)). No connection is refused in between: the
+//! generation that serves never stopped listening.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use nix::unistd::Pid;
+use procfs::process::{FDTarget, Process};
+
+use super::driver::Driver;
+use super::recorded::{Recorded, RecordedGeneration, RecordedListener, Role};
+use super::running::{Running, Said, Tasks, Watchdog};
+use super::spawning::Recipe;
+use crate::config::environment;
+use crate::core::{GenerationId, Machine, Phase};
+use crate::process::group::{Group, Member};
+use crate::process::output::Capture;
+use crate::process::program::Program;
+use crate::sys::pidfd::PidFd;
+
+/// What a killed supervisor left behind. Empty where there was none.
+#[derive(Debug, Default)]
+pub struct Orphans {
+    generations: Vec<Orphan>,
+    sockets: BTreeMap<String, OwnedFd>,
+}
+
+/// A generation that outlived its supervisor.
+#[derive(Debug)]
+struct Orphan {
+    recorded: RecordedGeneration,
+    main: Option<(Member, PidFd)>,
+    group: Group,
+}
+
+impl Orphans {
+    /// Reads what was written down and looks who of it still lives.
+    #[must_use]
+    pub fn find(state_file: &Path) -> Orphans {
+        let Some(recorded) = Recorded::read(state_file) else { return Orphans::default() };
+        let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
+        let mut sockets = BTreeMap::new();
+        for listener in recorded.listeners {
+            let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
+            match mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
+                Some(fd) => drop(sockets.insert(listener.name, fd)),
+                None => tracing::warn!(listener = listener.name, "no living generation holds its socket any more"),
+            }
+        }
+        Orphans { generations, sockets }
+    }
+
+    /// Takes out the sockets, by the names that they had.
+    pub fn sockets(&mut self) -> BTreeMap<String, OwnedFd> {
+        std::mem::take(&mut self.sockets)
+    }
+}
+
+impl Orphan {
+    fn find(recorded: RecordedGeneration) -> Option<Orphan> {
+        let member = Member { pid: recorded.main_pid, start_ticks: recorded.main_start_ticks };
+        let main = member.open().ok().map(|pidfd| (member, pidfd));
+        let leader = Member { pid: recorded.pid, start_ticks: recorded.start_ticks };
+        let group = Group::new(leader, recorded.marker.clone());
+        let lives = main.is_some() || !group.is_empty().unwrap_or(true);
+        lives.then_some(Orphan { recorded, main, group })
+    }
+}
+
+/// A copy of a process' socket with that inode.
+fn socket_of(member: Member, pidfd: &PidFd, inode: u64) -> Option<OwnedFd> {
+    let fds = Process::new(member.pid).ok()?.fd().ok()?;
+    let fd = fds.flatten().find(|fd| matches!(fd.target, FDTarget::Socket(other) if other == inode))?.fd;
+    pidfd.take_fd(fd).inspect_err(|error| tracing::warn!(pid = member.pid, "cannot take its socket: {error}")).ok()
+}
+
+/// What a process that this supervisor did not spawn runs, so that a rollback can run it again.
+fn recipe_of(pid: i32) -> Option<Recipe> {
+    let process = Process::new(pid).ok()?;
+    let env = process.environ().ok()?.into_iter().filter(|(name, _)| !environment::is_for_zddsup(name)).collect();
+    Some(Recipe {
+        program: Arc::new(Program::of_process(Pid::from_raw(pid)).ok()?),
+        args: process.cmdline().ok()?.into_iter().map(OsString::from).collect(),
+        env,
+        directory: process.cwd().ok()?,
+    })
+}
+
+impl Driver {
+    /// Makes what a killed supervisor left its own. Whether one of it serves.
+    pub(super) fn take_over(&mut self, orphans: Orphans) -> bool {
+        if orphans.generations.is_empty() {
+            return false;
+        }
+        let mut incumbent = None;
+        let mut leaving = Vec::new();
+        for Orphan { recorded, main, group } in orphans.generations {
+            let id = recorded.number;
+            match (recorded.role, &main) {
+                (Role::Serving, Some(_)) => incumbent = Some(id),
+                (Role::Serving | Role::Starting | Role::Leaving, _) => leaving.push(id),
+            }
+            tracing::warn!(
+                generation = %id,
+                pid = recorded.main_pid,
+                "found alive, its supervisor was killed: {}",
+                if incumbent == Some(id) { "it serves on until this command is ready" } else { "it is drained" }
+            );
+            let recipe = main.as_ref().and_then(|(member, _)| recipe_of(member.pid));
+            let stderr = main.as_ref().and_then(|(_, pidfd)| pidfd.take_fd(2).ok());
+            let running = Running {
+                id,
+                program: recipe.as_ref().map(|recipe| Arc::clone(&recipe.program)),
+                marker: recorded.marker,
+                since: Instant::now(),
+                main: None,
+                group: Some(Arc::new(group)),
+                notify: None,
+                channel: None,
+                capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),
+                said: Said::default(),
+                ready: recorded.role != Role::Starting,
+                connections: None,
+                why_not: None,
+                spawn_error: None,
+                end: None,
+                flags_before: self.flags(),
+                watchdog: Watchdog::default(),
+                tasks: Tasks::default(),
+            };
+            self.running.insert(id, running);
+            if let Some(recipe) = recipe {
+                self.recipes.insert(id, recipe);
+            }
+            match main {
+                Some((member, pidfd)) => self.watch_main(id, member, pidfd, None),
+                None => self.main_is_gone(id),
+            }
+        }
+        let policy = self.machine.policy().clone();
+        self.machine = Machine::resume(policy, incumbent, &leaving, self.now());
+        incumbent.is_some()
+    }
+
+    /// Writes down who runs with which sockets, for the supervisor after this one.
+    pub(super) fn record(&self) {
+        let generations =
+            self.machine.generations().filter_map(|(id, generation)| self.recorded(id, generation.phase)).collect();
+        let listeners = self
+            .listeners
+            .iter()
+            .map(|listener| RecordedListener { name: listener.name().to_owned(), inode: listener.inode() })
+            .collect();
+        if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
+            let path = self.state_file.display();
+            tracing::warn!("cannot write {path}: {error}; a supervisor after this one could not take over");
+        }
+    }
+
+    fn recorded(&self, id: GenerationId, phase: Phase) -> Option<RecordedGeneration> {
+        let running = self.running.get(&id)?;
+        let leader = running.group.as_ref()?.leader();
+        let main = running.main.as_ref().map_or(leader, |main| main.member);
+        Some(RecordedGeneration {
+            number: id,
+            pid: leader.pid,
+            start_ticks: leader.start_ticks,
+            main_pid: main.pid,
+            main_start_ticks: main.start_ticks,
+            marker: running.marker.clone(),
+            role: match phase {
+                Phase::Serving { .. } => Role::Serving,
+                Phase::Spawning { .. } | Phase::Starting { .. } | Phase::Aborting => Role::Starting,
+                Phase::Standby { .. }
+                | Phase::Draining { .. }
+                | Phase::Stopping { .. }
+                | Phase::Killing { .. }
+                | Phase::Sweeping { .. }
+                | Phase::Clearing { .. } => Role::Leaving,
+            },
+        })
+    }
+}
