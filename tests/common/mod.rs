@@ -216,7 +216,8 @@ impl Supervisor {
 
     fn follow(&self, _deadline: Instant) -> Option<BufReader<UnixStream>> {
         let mut stream = UnixStream::connect(self.control()).ok()?;
-        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        // Not everything that a status shows is an event: a look now and then.
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: zddsup\r\n\r\n").ok()?;
         Some(BufReader::new(stream))
     }
@@ -313,4 +314,20 @@ pub fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// One request on a connection of its own, which must be answered: its body.
+#[must_use]
+pub fn request(address: SocketAddr, path: &str) -> String {
+    try_request(address, path).unwrap_or_else(|error| panic!("GET {path}: {error}"))
+}
+
+/// The same, if it is answered.
+pub fn try_request(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    let mut stream = std::net::TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).ok_or(std::io::ErrorKind::UnexpectedEof.into())
 }

@@ -51,7 +51,7 @@ fn a_slow_new_version_delays_nobody() {
 fn a_slow_request_is_finished_by_the_version_that_took_it() {
     let stage = Stage::start(&[], "--version 1");
     let address = stage.address();
-    let slow = std::thread::spawn(move || crate::common::load::request(address, "/slow?ms=1500"));
+    let slow = std::thread::spawn(move || crate::common::request(address, "/slow?ms=1500"));
     stage.wait_until("the request is under way", |status| {
         status.generations.iter().any(|generation| generation.connections.unwrap_or(0) > 0)
     });

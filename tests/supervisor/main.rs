@@ -4,10 +4,21 @@
 //! |---|---|
 //! | `load` | upgrades under load: nothing fails |
 //! | `failures` | a new version that fails in any way, and what is reported |
+//! | `storms` | many requests at once, generations that overlap |
+//! | `fresh` | what is resolved anew for each generation |
+//! | `rollback`, `restart` | back to the version before; a service that ends by itself |
+//! | `signals` | signals in every phase, PID 1, a terminal |
+//! | `takeover` | zddsup killed, and the next one |
 
 #[path = "../common/mod.rs"]
 mod common;
 mod stage;
 
 mod failures;
+mod fresh;
 mod load;
+mod restart;
+mod rollback;
+mod signals;
+mod storms;
+mod takeover;
