@@ -28,6 +28,7 @@ impl Driver {
                 self.watch_main(id, spawned.member, spawned.pidfd, Some(spawned.end));
                 self.happened(Event::Spawned(id));
                 self.reports.spawned(id, Instant::now());
+                self.listen_to(id);
                 self.await_ready(id);
                 self.record();
             }

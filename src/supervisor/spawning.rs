@@ -138,7 +138,7 @@ impl Driver {
         let expanded: Result<Vec<_>, _> = recipe.args.iter().map(|arg| handed.expand(arg, id)).collect();
         running.capture = Some(capture);
         running.channel = handed.channel.take().map(|(channel, _)| channel);
-        self.listen_to(running, notify);
+        running.notify = Some(Arc::new(notify));
         Ok(Launch {
             program: Arc::clone(&recipe.program),
             recorded,
@@ -243,12 +243,13 @@ impl Driver {
         Ok(env.into_iter().collect())
     }
 
-    /// Takes what it says on its notify socket from now on.
-    fn listen_to(&self, running: &mut Running, notify: NotifySocket) {
-        let (id, inbox, notify) = (running.id, self.inbox.clone(), Arc::new(notify));
-        let socket = Arc::clone(&notify);
+    /// Takes what it says on its notify socket, from now on that its processes are known: until then it waits there.
+    pub(super) fn listen_to(&mut self, id: GenerationId) {
+        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(notify) = running.notify.clone() else { return };
+        let inbox = self.inbox.clone();
         let task = tokio::spawn(async move {
-            while let Ok(datagram) = socket.recv().await {
+            while let Ok(datagram) = notify.recv().await {
                 if inbox.send(Input::Notified(id, datagram)).is_err() {
                     break;
                 }
@@ -256,7 +257,6 @@ impl Driver {
                 tokio::task::yield_now().await;
             }
         });
-        running.notify = Some(notify);
         running.tasks.add(&task);
     }
 

@@ -217,7 +217,7 @@ impl Supervisor {
     fn follow(&self, _deadline: Instant) -> Option<BufReader<UnixStream>> {
         let mut stream = UnixStream::connect(self.control()).ok()?;
         // Not everything that a status shows is an event: a look now and then.
-    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: zddsup\r\n\r\n").ok()?;
         Some(BufReader::new(stream))
     }

@@ -30,9 +30,7 @@ fn fails(stage: &Stage, words: &[&str]) -> Output {
     for load in &loads {
         assert!(load.more(20, PATIENCE));
     }
-    for summary in clean(loads) {
-        assert_eq!(summary.order(), ["1"]);
-    }
+    clean(loads);
     stage.wait_settled();
     output
 }
@@ -136,14 +134,14 @@ impl Program {
 fn is_not_there() {
     let program = Program::start();
     std::fs::remove_file(&program.path).unwrap();
-    program.cannot_be_replaced_by(&["server", "No such file"]);
+    program.cannot_be_replaced_by(&["there is no program", "server"]);
 }
 
 #[test]
 fn is_not_executable() {
     let program = Program::start();
     program.put(b"#!/bin/sh\n", 0o644);
-    program.cannot_be_replaced_by(&["ermission"]);
+    program.cannot_be_replaced_by(&["is not executable", "chmod"]);
 }
 
 #[test]
@@ -153,7 +151,7 @@ fn is_being_written() {
     std::fs::copy(puppet(), &beside).unwrap();
     std::fs::rename(beside, &program.path).unwrap();
     let _writer = std::fs::OpenOptions::new().write(true).open(&program.path).unwrap();
-    program.cannot_be_replaced_by(&["written"]);
+    program.cannot_be_replaced_by(&["open for writing", "rename"]);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use zddsup::control::types::UpgradeKind;
 
-use crate::common::{request, try_request};
 use crate::common::PATIENCE;
+use crate::common::{request, try_request};
 use crate::stage::{clean, Stage};
 
 #[test]
@@ -38,7 +38,9 @@ fn a_first_version_that_never_becomes_ready_ends_it() {
 
 #[test]
 fn the_policies_give_the_services_own_status() {
-    for (policy, path, code) in [("never", "/exit?code=0", 0), ("never", "/exit?code=9", 9), ("on-failure", "/exit?code=0", 0)] {
+    for (policy, path, code) in
+        [("never", "/exit?code=0", 0), ("never", "/exit?code=9", 9), ("on-failure", "/exit?code=0", 0)]
+    {
         let mut stage = Stage::start(&["--restart", policy], "--version 1");
         let _gone_before_its_answer = try_request(stage.address(), path);
         assert_eq!(stage.supervisor.wait().code(), Some(code), "{policy} {path}");

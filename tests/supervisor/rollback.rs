@@ -40,9 +40,7 @@ fn after_the_bake_the_former_program_runs_although_its_file_was_replaced() {
     let (program, env_file) = (path.display().to_string(), env.display().to_string());
     let args = ["--listen", "127.0.0.1:0", "--env-file", &env_file, "--", &program, "--version", "same"];
     let supervisor = Setup::within(dir, args).start();
-    let first = supervisor.wait_until("its digest is known", |status| {
-        status.generations[0].program.sha256.is_some()
-    });
+    let first = supervisor.wait_until("its digest is known", |status| status.generations[0].program.sha256.is_some());
     let beside = path.with_extension("new");
     // Another file with another digest: the same server and a byte more.
     let mut bytes = std::fs::read(puppet()).unwrap();
@@ -68,7 +66,8 @@ fn after_the_bake_the_former_program_runs_although_its_file_was_replaced() {
     assert_eq!((report.kind, report.result), (UpgradeKind::Rollback, Some(UpgradeResult::Succeeded)));
     // A crash restarts what serves now, not what lies at the path.
     let serving = supervisor.serving();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(serving.pid.unwrap()), nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(serving.pid.unwrap()), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
     supervisor.wait_until("it was started again", |status| status.serving.is_some_and(|id| id > serving.number));
     assert!(request(supervisor.address(), "/env").contains("RELEASE=1"));
 }
