@@ -161,8 +161,7 @@ impl World {
         let replaced = after.serving().is_some_and(|serving| serving != id && self.ready.contains(&serving));
         let ending = !matches!(after.life(), Life::Running);
         let lost = match cause {
-            Some(Event::Exited { generation, .. }) => generation == id,
-            Some(Event::WatchdogExpired(generation)) => generation == id,
+            Some(Event::Exited { generation, .. } | Event::WatchdogExpired(generation)) => generation == id,
             _ => false,
         };
         self.require(READY_FIRST, replaced || ending || lost);
