@@ -94,7 +94,9 @@ impl Group {
     #[must_use]
     pub fn new(leader: Member, marker: String) -> Self {
         let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
-        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
+        let mut pair = marker.into_bytes();
+        pair.splice(..0, format!("{MARKER_VAR}=").into_bytes());
+        Group { leader, marker: pair, known }
     }
 
     /// Its first process, dead or alive.
@@ -141,7 +143,7 @@ impl Group {
     }
 
     fn look(&self) -> io::Result<Found> {
-        let own = std::process::id().cast_signed();
+        let own = Pid::this().as_raw();
         let mut young = BTreeMap::new();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };

@@ -18,7 +18,7 @@ async fn started(script: &str, marker: &str, reaper: &Reaper) -> (Spawned, Group
     launch.env.push((MARKER_VAR.into(), marker.into()));
     launch.stdout = Some(write);
     let spawned = spawn(launch, reaper).await.unwrap();
-    let group = Group::new(Member::of(spawned.pid).unwrap(), marker.to_owned());
+    let group = Group::new(spawned.member, marker.to_owned());
     let mut said = String::new();
     while !said.contains("up") {
         let mut bytes = [0; 64];
@@ -45,9 +45,9 @@ fn those_that_got_away_are_found_and_killed() {
         let script = format!("{ESCAPEE} sleep 60 & sleep 60 & wait");
         let (spawned, group, pipe) = started(&script, "escape", &reaper).await;
         let other = started("echo up; sleep 60", "other", &reaper).await;
-        assert!(group.pids().unwrap().contains(&spawned.pid.as_raw()));
-        assert!(!group.pids().unwrap().contains(&other.0.pid.as_raw()));
-        assert!(!group.pids().unwrap().contains(&std::process::id().cast_signed()));
+        assert!(group.pids().unwrap().contains(&spawned.member.pid));
+        assert!(!group.pids().unwrap().contains(&other.0.member.pid));
+        assert!(!group.pids().unwrap().contains(&nix::unistd::Pid::this().as_raw()));
         // The main process alone …
         signal_main(&spawned.pidfd, Signal::SIGKILL).unwrap();
         assert_eq!(end(spawned, &reaper).await, End::Killed { signal: libc::SIGKILL, core: false });
@@ -117,7 +117,7 @@ fn a_zombie_is_not_alive() {
         group.signal_all(Signal::SIGKILL).unwrap();
         spawned.pidfd.exited().await.unwrap();
         while !group.is_empty().unwrap() {}
-        assert_eq!(Member::of(spawned.pid).unwrap(), leader);
+        assert_eq!(Member::of(nix::unistd::Pid::from_raw(spawned.member.pid)).unwrap(), leader);
         assert_eq!(end(spawned, &reaper).await, End::Killed { signal: libc::SIGKILL, core: false });
         assert_eq!(leader.open().unwrap_err().raw_os_error(), Some(libc::ESRCH));
     });
