@@ -44,7 +44,7 @@ fn those_that_got_away_are_found_and_killed() {
         reaper.become_subreaper().unwrap();
         let script = format!("{ESCAPEE} sleep 60 & sleep 60 & wait");
         let (spawned, group, pipe) = started(&script, "escape", &reaper).await;
-        let other = started("echo up; sleep 60", "other", &reaper).await;
+        let other = started("echo up; exec sleep 60", "other", &reaper).await;
         assert!(group.pids().unwrap().contains(&spawned.member.pid));
         assert!(!group.pids().unwrap().contains(&other.0.member.pid));
         assert!(!group.pids().unwrap().contains(&nix::unistd::Pid::this().as_raw()));
@@ -112,7 +112,7 @@ fn a_stopped_main_process_is_woken_for_its_signal() {
 fn a_zombie_is_not_alive() {
     alone(async {
         let reaper = Reaper::new();
-        let (spawned, group, _pipe) = started("echo up; sleep 60", "zombie", &reaper).await;
+        let (spawned, group, _pipe) = started("echo up; exec sleep 60", "zombie", &reaper).await;
         let leader = group.leader();
         group.signal_all(Signal::SIGKILL).unwrap();
         spawned.pidfd.exited().await.unwrap();

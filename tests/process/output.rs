@@ -107,7 +107,7 @@ fn the_next_supervisor_goes_on_with_the_pipe() {
         let reaper = Reaper::new();
         let (_read, output) = output();
         let (capture, write) = output.capture().unwrap();
-        let mut launch = shell("echo before >&2; echo up; read line <&3; echo after >&2; sleep 60");
+        let mut launch = shell("echo before >&2; echo up; read line <&3; echo after >&2; exec sleep 60");
         let (input, feed) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let (up, stdout) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         launch.fds = vec![std::sync::Arc::new(input)];
