@@ -141,7 +141,7 @@ impl Group {
     }
 
     fn look(&self) -> io::Result<Found> {
-        let own = nix::unistd::getpid().as_raw();
+        let own = Pid::this().as_raw();
         let mut young = BTreeMap::new();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use nix::sys::signal::Signal;
-use nix::unistd::{read, Pid};
+use nix::unistd::read;
 use zddsup::core::End;
 use zddsup::process::group::{signal_main, Group, Member, MARKER_VAR};
 use zddsup::process::reaper::Reaper;
@@ -44,10 +44,10 @@ fn those_that_got_away_are_found_and_killed() {
         reaper.become_subreaper().unwrap();
         let script = format!("{ESCAPEE} sleep 60 & sleep 60 & wait");
         let (spawned, group, pipe) = started(&script, "escape", &reaper).await;
-        let other = started("echo up; sleep 60", "other", &reaper).await;
+        let other = started("echo up; exec sleep 60", "other", &reaper).await;
         assert!(group.pids().unwrap().contains(&spawned.member.pid));
         assert!(!group.pids().unwrap().contains(&other.0.member.pid));
-        assert!(!group.pids().unwrap().contains(&std::process::id().cast_signed()));
+        assert!(!group.pids().unwrap().contains(&nix::unistd::Pid::this().as_raw()));
         // The main process alone …
         signal_main(&spawned.pidfd, Signal::SIGKILL).unwrap();
         assert_eq!(end(spawned, &reaper).await, End::Killed { signal: libc::SIGKILL, core: false });
@@ -112,12 +112,12 @@ fn a_stopped_main_process_is_woken_for_its_signal() {
 fn a_zombie_is_not_alive() {
     alone(async {
         let reaper = Reaper::new();
-        let (spawned, group, _pipe) = started("echo up; sleep 60", "zombie", &reaper).await;
+        let (spawned, group, _pipe) = started("echo up; exec sleep 60", "zombie", &reaper).await;
         let leader = group.leader();
         group.signal_all(Signal::SIGKILL).unwrap();
         spawned.pidfd.exited().await.unwrap();
         while !group.is_empty().unwrap() {}
-        assert_eq!(Member::of(Pid::from_raw(spawned.member.pid)).unwrap(), leader);
+        assert_eq!(Member::of(nix::unistd::Pid::from_raw(spawned.member.pid)).unwrap(), leader);
         assert_eq!(end(spawned, &reaper).await, End::Killed { signal: libc::SIGKILL, core: false });
         assert_eq!(leader.open().unwrap_err().raw_os_error(), Some(libc::ESRCH));
     });
