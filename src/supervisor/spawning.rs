@@ -167,7 +167,14 @@ impl Driver {
         };
         let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
         let program = Program::resolve(&self.config.command[0], path, &directory)?;
-        Ok(Recipe { program: Arc::new(program), args: self.config.command.clone(), env, directory })
+        // The same file as before: its digest is known already.
+        let known = self.recipes.values().map(|recipe| &recipe.program).find(|known| known.is_same(&program)).cloned();
+        Ok(Recipe {
+            program: known.unwrap_or_else(|| Arc::new(program)),
+            args: self.config.command.clone(),
+            env,
+            directory,
+        })
     }
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.
