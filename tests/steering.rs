@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use nix::sched::{unshare, CloneFlags};
 use socket2::{Domain, Socket, Type};
@@ -24,11 +25,13 @@ fn listen(at: std::net::SocketAddr) -> Arc<OwnedFd> {
     Arc::new(socket.into())
 }
 
-/// A generation: a thread that answers each connection with its number until its socket is closed.
+/// A generation: a thread that answers each connection with its number until its socket is closed. It is so slow that some
+/// wait in its queue at all times.
 fn serve(socket: &Arc<OwnedFd>, number: u8) -> thread::JoinHandle<()> {
     let listener = TcpListener::from(socket.try_clone().unwrap());
     thread::spawn(move || {
         while let Ok((mut client, _)) = listener.accept() {
+            thread::sleep(Duration::from_micros(500));
             let _told_by_the_client = client.write_all(&[number]);
         }
     })
@@ -43,7 +46,7 @@ fn upgrades_under_load(generations: u8, sockets_each: usize) -> BTreeMap<u8, usi
     let mut group = Group::new(key);
     let mut servers = Vec::new();
     let mut join = |group: &mut Group, number: u8, socket: &Arc<OwnedFd>| {
-        group.join(GenerationId(number.into()), Arc::clone(socket)).unwrap();
+        group.join(GenerationId(number.into()), socket).unwrap();
         servers.push(serve(socket, number));
     };
     join(&mut group, 1, &first);

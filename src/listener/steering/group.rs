@@ -88,7 +88,7 @@ pub enum SteerError {
         /// Where.
         key: Key,
     },
-    /// EINVAL, ENOMEM (net.core.optmem_max), or another error of setsockopt(2).
+    /// EINVAL, ENOMEM (`net.core.optmem_max`), or another error of setsockopt(2).
     #[error("cannot steer the connections of {key}: {step}: {source}")]
     System {
         /// Where.
@@ -142,18 +142,18 @@ impl Group {
     /// A socket has come to listen, and is the last one now. Gives its index; the one that it has if it is there already.
     ///
     /// What is steered to its owner is shared with it. For anybody else's, [`Group::pin`] was called before.
-    pub fn join(&mut self, owner: GenerationId, socket: Arc<OwnedFd>) -> Result<u16, SteerError> {
-        if let Some(index) = self.index(&socket) {
+    pub fn join(&mut self, owner: GenerationId, socket: &Arc<OwnedFd>) -> Result<u16, SteerError> {
+        if let Some(index) = self.index(socket) {
             return Ok(index);
         }
         let full = || SteerError::Full { key: self.key.clone() };
         let index = u16::try_from(self.members.len()).ok().filter(|index| *index < u16::MAX).ok_or_else(full)?;
-        self.members.push(Member { owner, socket: Arc::clone(&socket), leaving: false });
+        self.members.push(Member { owner, socket: Arc::clone(socket), leaving: false });
         if self.is_target(owner) {
             self.attach()?;
         }
         self.settle()?;
-        Ok(self.index(&socket).unwrap_or(index))
+        Ok(self.index(socket).unwrap_or(index))
     }
 
     /// Everything new goes on to those who get it now: one that joins gets nothing. To be called before it listens.

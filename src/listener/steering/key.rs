@@ -160,6 +160,26 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_given_to_another_user_joins_that_users_group() {
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("not checked: only root gives sockets away");
+        }
+        let nobody = Some(nix::unistd::Uid::from_raw(65534));
+        let first = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        first.set_reuse_port(true).unwrap();
+        nix::unistd::fchown(&first, nobody, None).unwrap();
+        first.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        let second = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        second.set_reuse_port(true).unwrap();
+        let address = first.local_addr().unwrap();
+        assert_eq!(second.bind(&address).unwrap_err().raw_os_error(), Some(Errno::EADDRINUSE as i32));
+        nix::unistd::fchown(&second, nobody, None).unwrap();
+        second.bind(&address).unwrap();
+        first.listen(1).unwrap();
+        second.listen(1).unwrap();
+    }
+
+    #[test]
     fn what_reaches_a_socket() {
         let family = |address, v6only| key(&bound(Type::STREAM, address, v6only)).family();
         assert_eq!(family("127.0.0.1:0", false), Family::V4);

@@ -193,7 +193,7 @@ impl Choice {
             code.insert(0, op(HALF, port));
         }
         if self.family == Family::Both {
-            code = run_if(EQUAL, protocol.cast_unsigned(), true, code);
+            code = run_if(EQUAL, bits_of(protocol), true, code);
             code.insert(0, op(WORD, ancillary(libc::SKF_AD_PROTOCOL)));
         }
         code
@@ -227,7 +227,7 @@ impl Choice {
                 let mut v4 = hash(V4_SOURCE, 1, V4_PORT);
                 v4.push(op(JUMP, length(&v6)));
                 let mut code = vec![op(WORD, ancillary(libc::SKF_AD_PROTOCOL))];
-                code.extend(run_if(EQUAL, libc::ETH_P_IP.cast_unsigned(), true, v4));
+                code.extend(run_if(EQUAL, bits_of(libc::ETH_P_IP), true, v4));
                 code.extend(v6);
                 code
             }
@@ -237,13 +237,18 @@ impl Choice {
 
 /// Where the source address and port are. Options of IPv4 and extension headers of IPv6, which nearly nobody sends, move the
 /// port: such a packet is no probe's, and its sender is hashed by something else that stays the same.
-const V4_SOURCE: u32 = libc::SKF_NET_OFF.cast_unsigned() + 12;
-const V4_PORT: u32 = libc::SKF_NET_OFF.cast_unsigned() + 20;
-const V6_SOURCE: u32 = libc::SKF_NET_OFF.cast_unsigned() + 8;
-const V6_PORT: u32 = libc::SKF_NET_OFF.cast_unsigned() + 40;
+const V4_SOURCE: u32 = bits_of(libc::SKF_NET_OFF) + 12;
+const V4_PORT: u32 = bits_of(libc::SKF_NET_OFF) + 20;
+const V6_SOURCE: u32 = bits_of(libc::SKF_NET_OFF) + 8;
+const V6_PORT: u32 = bits_of(libc::SKF_NET_OFF) + 40;
+
+/// The kernel's constants are signed, an operand is not.
+const fn bits_of(number: i32) -> u32 {
+    u32::from_ne_bytes(number.to_ne_bytes())
+}
 
 fn ancillary(what: i32) -> u32 {
-    (libc::SKF_AD_OFF + what).cast_unsigned()
+    bits_of(libc::SKF_AD_OFF + what)
 }
 
 fn op(code: u32, k: u32) -> Instruction {

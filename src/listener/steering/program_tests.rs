@@ -26,12 +26,12 @@ fn run(program: &[Instruction], packet: &Packet, random: u32) -> (u32, usize) {
         let Instruction { code, jt, jf, k } = program[at];
         (at, steps) = (at + 1, steps + 1);
         let bytes = |length| {
-            let offset = usize::try_from(k.cast_signed() - libc::SKF_NET_OFF).unwrap();
+            let offset = usize::try_from(k.wrapping_sub(bits_of(libc::SKF_NET_OFF))).unwrap();
             packet.header[offset..offset + length].iter().fold(0, |number, byte| number << 8 | u32::from(*byte))
         };
         match u32::from(code) {
             WORD if k == ancillary(libc::SKF_AD_RANDOM) => a = random,
-            WORD if k == ancillary(libc::SKF_AD_PROTOCOL) => a = packet.protocol.cast_unsigned(),
+            WORD if k == ancillary(libc::SKF_AD_PROTOCOL) => a = bits_of(packet.protocol),
             WORD => a = bytes(4),
             HALF => a = bytes(2),
             ADD => a = a.wrapping_add(k),
@@ -92,7 +92,9 @@ fn slots_share_evenly_however_they_lie() {
             shares.keys().copied().collect::<Vec<_>>(),
             distinct(slots).into_iter().map(u32::from).collect::<Vec<_>>()
         );
-        shares.values().for_each(|share| near(*share, 10_000 / shares.len()));
+        for share in shares.values() {
+            near(*share, 10_000 / shares.len());
+        }
     }
 }
 
@@ -107,8 +109,9 @@ fn parts_are_as_great_as_their_weights_and_no_number_is_lost() {
     let shares =
         shares(&choice(Family::V4, &[(1, &[5]), (79, &[0, 1, 3]), (0, &[9]), (20, &[6, 7])]).program().unwrap());
     near(shares[&5], 100);
-    [0, 1, 3].iter().for_each(|slot| near(shares[slot], 2633));
-    [6, 7].iter().for_each(|slot| near(shares[slot], 1000));
+    for (slot, expected) in [(0, 2633), (1, 2633), (3, 2633), (6, 1000), (7, 1000)] {
+        near(shares[&slot], expected);
+    }
     assert_eq!(shares.len(), 6);
 }
 
@@ -212,6 +215,28 @@ fn jumps_reach_further_than_a_byte_tells() {
     assert_eq!(run(&program, &packet("10.0.0.1:4"), u32::MAX).0 % 2, 0);
     assert_eq!(run(&program, &packet("10.0.0.1:5"), u32::MAX).0, 1);
     assert_eq!(run(&program, &packet("10.0.0.1:5"), 199).0, 398);
+}
+
+#[test]
+fn the_kernel_takes_every_kind() {
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.listen(1).unwrap();
+    let scattered: Vec<u16> = (0..200).map(|slot| slot * 2).collect();
+    for (draw, family) in [Draw::Random, Draw::Sender]
+        .into_iter()
+        .flat_map(|draw| [(draw, Family::V4), (draw, Family::V6), (draw, Family::Both)])
+    {
+        let slots = || scattered.clone();
+        let from = [Origin::socket("10.0.0.1:4".parse().unwrap()), Origin::network("fd00::".parse().unwrap(), 60)];
+        let rules = from.map(|from| Rule { from, slots: slots() }).to_vec();
+        let wanted = Choice { draw, rules, ..choice(family, &[(1, &scattered), (2, &[1]), (3, &[4, 5])]) };
+        crate::sys::steer::attach(&socket, &wanted.program().unwrap()).unwrap();
+    }
+    let most: Vec<u16> = (0..1364).map(|slot| slot * 2).collect();
+    let program = choice(Family::V4, &[(1, &most)]).program().unwrap();
+    assert!(program.len() > 4000);
+    crate::sys::steer::attach(&socket, &program).unwrap();
 }
 
 #[test]
