@@ -9,4 +9,6 @@ pub mod readiness;
 pub mod scm;
 pub mod socket;
 #[cfg(feature = "cli")]
+pub mod steer;
+#[cfg(feature = "cli")]
 pub mod wait;
