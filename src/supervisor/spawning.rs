@@ -86,6 +86,7 @@ impl Driver {
             notify: None,
             channel: None,
             capture: None,
+            told_to_drain: None,
             said: Said::default(),
             ready: false,
             connections: None,

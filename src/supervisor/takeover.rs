@@ -124,6 +124,7 @@ impl Driver {
                 notify: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),
+                told_to_drain: None,
                 said: Said::default(),
                 ready: recorded.role != Role::Starting,
                 connections: None,
