@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn tells_what_a_process_was_started_with() {
-        let own = std::process::id().cast_signed();
+        let own = nix::unistd::Pid::this().as_raw();
         let (name, value) = std::env::vars().next().unwrap();
         assert_eq!(is_marked(own, format!("{name}={value}").as_bytes()), Marked::Yes);
         assert_eq!(is_marked(own, b"ZDDSUP_MARKER=nobody"), Marked::No);

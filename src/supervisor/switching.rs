@@ -22,9 +22,10 @@ impl Driver {
             running.watchdog.fed(Instant::now());
             running.why_not = None;
         }
-        match from {
-            Some(from) => tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}"),
-            None => tracing::info!(generation = %to, "serves"),
+        if let Some(from) = from {
+            tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}");
+        } else {
+            tracing::info!(generation = %to, "serves");
         }
         self.pass_on_kept();
         self.upward.ready();

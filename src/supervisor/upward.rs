@@ -1,4 +1,4 @@
-//! What is said to a supervisor above this one, by sd_notify(3). Nothing where there is none.
+//! What is said to a supervisor above this one, by `sd_notify(3)`. Nothing where there is none.
 
 use sd_notify::NotifyState;
 
