@@ -45,11 +45,13 @@ fn under_load(upgrades: usize) {
         title,
         &["server", "load", "upgrades", "requests", "failed", "longest gap", "of one client", "p50", "p99", "longest"],
     );
-    let mut ratios = Table::new("With upgrades to without, of the table above", &["server", "load", "gap", "of one client", "p99"]);
+    let mut ratios =
+        Table::new("With upgrades to without, of the table above", &["server", "load", "gap", "of one client", "p99"]);
     for (name, command) in servers() {
         for mode in [Mode::PerRequest, Mode::KeepAlive] {
             let supervisor = supervise(&command);
-            let config = Config { mode, limit: Duration::from_secs(600), ..Config::new(Target::Tcp(supervisor.address())) };
+            let config =
+                Config { mode, limit: Duration::from_secs(600), ..Config::new(Target::Tcp(supervisor.address())) };
             let with = upgraded(&supervisor, config.clone(), upgrades);
             supervisor.wait_settled();
             let without = quiet(config, with.elapsed);

@@ -5,11 +5,13 @@
 //! BENCH --exec PROGRAM …   says when, and becomes PROGRAM with the same fds and LISTEN_PID of its own
 //! ```
 //!
-//! Times are CLOCK_MONOTONIC, sent to the socket that `ZDDSUP_BENCH_CLOCK` names.
+//! Times are CLOCK_MONOTONIC, sent to the socket that `BENCH_CLOCK` names (what begins with ZDDSUP_ is not passed on).
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,7 +25,7 @@ use super::now_ns;
 use super::supervised::PATIENCE;
 
 /// Where times are sent.
-pub const CLOCK_VAR: &str = "ZDDSUP_BENCH_CLOCK";
+pub const CLOCK_VAR: &str = "BENCH_CLOCK";
 
 /// Something that happened in a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,12 +58,20 @@ fn be_clocked(began: u64) -> ! {
     term.thread_block().expect("a valid mask");
     say("main", began);
     let ready = now_ns();
-    let notify = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    notify.expect("NOTIFY_SOCKET");
+    notify();
     say("ready", ready);
     let _signal = term.wait().expect("sigwait");
     say("term", now_ns());
     std::process::exit(0)
+}
+
+/// To the supervisor, if there is one: its socket has an abstract name.
+fn notify() {
+    let Some(place) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let name = place.as_bytes().strip_prefix(b"@").expect("an abstract name");
+    let address = SocketAddr::from_abstract_name(name).expect("a name");
+    let socket = UnixDatagram::unbound().expect("a socket");
+    socket.send_to_addr(b"READY=1", &address).expect("a supervisor");
 }
 
 fn say(what: &str, at_ns: u64) {
