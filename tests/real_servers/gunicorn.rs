@@ -1,7 +1,7 @@
 //! gunicorn: takes `LISTEN_FDS` and says READY=1.
 
 use crate::common::real::installed;
-use crate::stage::{Outcome, Site};
+use crate::stage::{lost_idle_ones_at_most, was_kept, Outcome, Site};
 
 const SYNC: &str = "zddsup run --listen 127.0.0.1:8080 --ready notify -- gunicorn --preload --workers 2 wsgi:app";
 const THREADS: &str =
@@ -22,23 +22,24 @@ fn upgraded(command: &str, change: impl Fn(&str) -> String) -> Option<Outcome> {
 /// This worker has no keep-alive at all.
 #[test]
 fn sync_workers() {
-    if let Some(outcome) = upgraded(SYNC, str::to_owned) {
-        outcome.per_request_is_clean().keep_alive_is_clean();
-    }
+    let Some(outcome) = upgraded(SYNC, str::to_owned) else { return };
+    outcome.per_request.assert_clean();
+    outcome.keep_alive.assert_clean();
 }
 
 #[test]
 fn threads() {
-    if let Some(outcome) = upgraded(THREADS, str::to_owned) {
-        outcome.per_request_is_clean().keep_alive_is_clean();
-    }
+    let Some(outcome) = upgraded(THREADS, str::to_owned) else { return };
+    outcome.per_request.assert_clean();
+    outcome.keep_alive.assert_clean();
 }
 
 /// With keep-alive, a worker that stops closes the idle connections without a word.
 #[test]
 fn threads_with_keep_alive() {
     let change = |word: &str| if word == "0" { "2".to_owned() } else { word.to_owned() };
-    if let Some(outcome) = upgraded(THREADS, change) {
-        outcome.per_request_is_clean().keep_alive_was_kept().keep_alive_loses_idle_connections_only();
-    }
+    let Some(outcome) = upgraded(THREADS, change) else { return };
+    outcome.per_request.assert_clean();
+    was_kept(&outcome.keep_alive);
+    lost_idle_ones_at_most(&outcome.keep_alive);
 }

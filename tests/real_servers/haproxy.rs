@@ -4,7 +4,7 @@
 //! stop; SIGTERM, the hard one, cuts everything off.
 
 use crate::common::real::installed;
-use crate::stage::Site;
+use crate::stage::{lost_idle_ones_at_most, was_kept, Site};
 
 const COMMAND: &str = "zddsup run --listen web=127.0.0.1:8080 --env FD_WEB={fd:web} --ready notify --stop-signal USR1 \
                        -- haproxy -Ws -f haproxy.cfg";
@@ -19,7 +19,10 @@ fn five_upgrades() {
     let publish = |version: &str| site.write("haproxy.cfg", &CONFIGURATION.replace("VERSION", version));
     publish("1");
     let supervisor = site.start(COMMAND, str::to_owned);
-    site.upgrade_under_load(&supervisor, publish).per_request_is_clean().keep_alive_was_kept().keep_alive_is_clean();
+    let outcome = site.upgrade_under_load(&supervisor, publish);
+    outcome.per_request.assert_clean();
+    was_kept(&outcome.keep_alive);
+    outcome.keep_alive.assert_clean();
 }
 
 /// Without `option idle-close-on-response`, idle connections are closed at its stop.
@@ -33,10 +36,10 @@ fn with_its_default_for_idle_connections() {
     let publish = |version: &str| site.write("haproxy.cfg", &configuration.replace("VERSION", version));
     publish("1");
     let supervisor = site.start(COMMAND, str::to_owned);
-    site.upgrade_under_load(&supervisor, publish)
-        .per_request_is_clean()
-        .keep_alive_was_kept()
-        .keep_alive_loses_idle_connections_only();
+    let outcome = site.upgrade_under_load(&supervisor, publish);
+    outcome.per_request.assert_clean();
+    was_kept(&outcome.keep_alive);
+    lost_idle_ones_at_most(&outcome.keep_alive);
 }
 
 /// A configuration that haproxy does not take changes nothing.

@@ -5,7 +5,7 @@
 //! generation has a pid file of its own, and QUIT is its graceful stop.
 
 use crate::common::real::installed;
-use crate::stage::{Outcome, Site};
+use crate::stage::{lost_idle_ones_at_most, was_kept, Outcome, Site};
 
 const COMMAND: &str = "zddsup run --listen web=127.0.0.1:8080 --env 'NGINX={fd:web};' --stop-signal QUIT --ready \
                        'exec:grep -qx $ZDDSUP_PID nginx-$ZDDSUP_GENERATION.pid' -- nginx -p . -e stderr -c nginx.conf \
@@ -28,17 +28,18 @@ fn upgraded(keepalive: &str) -> Option<Outcome> {
 
 #[test]
 fn without_keep_alive() {
-    if let Some(outcome) = upgraded("0") {
-        outcome.per_request_is_clean().keep_alive_is_clean();
-    }
+    let Some(outcome) = upgraded("0") else { return };
+    outcome.per_request.assert_clean();
+    outcome.keep_alive.assert_clean();
 }
 
 /// A worker that stops closes the idle connections without a word.
 #[test]
 fn with_keep_alive() {
-    if let Some(outcome) = upgraded("75s") {
-        outcome.per_request_is_clean().keep_alive_was_kept().keep_alive_loses_idle_connections_only();
-    }
+    let Some(outcome) = upgraded("75s") else { return };
+    outcome.per_request.assert_clean();
+    was_kept(&outcome.keep_alive);
+    lost_idle_ones_at_most(&outcome.keep_alive);
 }
 
 /// A configuration that nginx does not take changes nothing.
