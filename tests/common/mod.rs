@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test program uses its own part.
 
 pub mod load;
+pub mod real;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
