@@ -193,7 +193,7 @@ pub struct RunFlags {
 
     /// The program and its arguments; looked up in PATH anew for each generation
     #[arg(
-        required = true, value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true,
+        required = true, value_name = "COMMAND", trailing_var_arg = true,
         value_hint = ValueHint::CommandWithArguments
     )]
     pub command: Vec<OsString>,
