@@ -8,7 +8,7 @@ use crate::config::flags::RunFlags;
 use crate::core::{End, Finish};
 use crate::listener::inherit::Inherited;
 use crate::process::output::Output;
-use crate::supervisor::run::{self, Ended};
+use crate::supervisor::run::{self, Ended, StartError};
 use crate::supervisor::{describe, signals};
 
 /// How long a slow stderr is waited for at the end.
@@ -26,7 +26,8 @@ pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
     let name = config.name.clone();
     let ended = run::run(config, inherited, output.clone());
     output.flush(LAST_LINES);
-    finished(&name, &ended.map_err(|error| Failure::with(Exit::Failed, &error))?)
+    let failed = |error: StartError| Failure::with(if error.is_invalid() { Exit::Usage } else { Exit::Failed }, &error);
+    finished(&name, &ended.map_err(failed)?)
 }
 
 fn finished(name: &str, ended: &Ended) -> Result<Exit, Failure> {

@@ -16,13 +16,14 @@ use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
-use crate::config::{start_directory, ConfigError, ServiceConfig};
+use crate::config::{environment, start_directory, ConfigError, EnvError, ServiceConfig};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
 use crate::core::{Answer, Finish, Machine, Refusal, Request};
 use crate::listener::inherit::Inherited;
 use crate::listener::{self, BindError, Listener};
+use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
@@ -45,6 +46,12 @@ pub enum StartError {
     /// What systemd passed does not fit the configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The environment cannot be made.
+    #[error(transparent)]
+    Environment(#[from] EnvError),
+    /// The user or group is unknown.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The control socket cannot be had.
     #[error(transparent)]
     Control(#[from] server::BindError),
@@ -64,6 +71,14 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl StartError {
+    /// Whether the configuration is to blame.
+    #[must_use]
+    pub fn is_invalid(&self) -> bool {
+        matches!(self, StartError::Config(_) | StartError::Environment(_) | StartError::Identity(_))
+    }
 }
 
 /// What is had before the first spawn.
@@ -98,6 +113,9 @@ pub fn run(config: ServiceConfig, inherited: Inherited, output: Output) -> Resul
 
 async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
     let system = |what| move |source| StartError::System { what, source };
+    // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
+    environment::for_generation(&config)?;
+    Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
     let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
