@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::signal::kill;
 use nix::unistd::{getpgid, Pid};
 
 use super::driver::Driver;
@@ -17,6 +19,7 @@ use crate::process::group::Member;
 use crate::proto::handoff::FromGeneration;
 use crate::proto::notify::Field;
 use crate::ready::notify::Datagram;
+use crate::sys::scm::Credentials;
 
 /// What a message asks for besides its fields that stand alone.
 #[derive(Default)]
@@ -31,7 +34,7 @@ impl Driver {
     /// A datagram on a generation's notify socket.
     pub(super) fn notified(&mut self, id: GenerationId, datagram: Datagram) {
         let sender = datagram.sender.pid;
-        if !self.is_of(id, sender) {
+        if !self.is_of(id, sender) && !self.was_of(id, datagram.sender) {
             tracing::warn!(generation = %id, pid = sender, "notify message from a process that is not of this generation: ignored");
             return;
         }
@@ -114,6 +117,14 @@ impl Driver {
         pid == leader
             || getpgid(Some(Pid::from_raw(pid))).is_ok_and(|pgid| pgid.as_raw() == leader)
             || group.pids().is_ok_and(|pids| pids.contains(&pid))
+    }
+
+    /// Whether a process that has ended may have been one of the generation's: `systemd-notify --ready` and its like are gone
+    /// before anybody can look. The kernel says which user it was: another one's word does not
+    /// count.
+    fn was_of(&self, id: GenerationId, sender: Credentials) -> bool {
+        let has_ended = sender.pid > 0 && kill(Pid::from_raw(sender.pid), None) == Err(Errno::ESRCH);
+        has_ended && self.running.get(&id).is_some_and(|running| running.uid.as_raw() == sender.uid)
     }
 
     /// MAINPID=: from now on that process' end is the generation's.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
+use nix::unistd::Uid;
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::core::{End, GenerationId};
@@ -23,6 +24,8 @@ pub struct Running {
     pub program: Option<Arc<Program>>,
     /// By which its processes are found.
     pub marker: String,
+    /// Whom it runs as.
+    pub uid: Uid,
     /// When its spawn began.
     pub since: Instant,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.

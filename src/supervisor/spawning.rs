@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::unistd::geteuid;
+
 use super::driver::{Driver, Input};
 use super::running::{Running, Said, Tasks, Watchdog};
 use crate::config::{environment, EnvError, Handoff};
@@ -80,6 +82,7 @@ impl Driver {
             id,
             program: None,
             marker: format!("{:032x}", fastrand::u128(..)),
+            uid: geteuid(),
             since: Instant::now(),
             main: None,
             group: None,
@@ -132,6 +135,7 @@ impl Driver {
             (None, None) => None,
             (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
         };
+        running.uid = identity.as_ref().map_or(running.uid, |identity| identity.uid);
         let mut handed = self.hand_off(id)?;
         let notify = NotifySocket::new().map_err(|source| LaunchError::Fd { what: "notify socket", source })?;
         let (capture, stderr) =

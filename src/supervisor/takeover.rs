@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::unistd::Pid;
+use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
 
 use super::driver::Driver;
@@ -118,6 +118,7 @@ impl Driver {
                 id,
                 program: recipe.as_ref().map(|recipe| Arc::clone(&recipe.program)),
                 marker: recorded.marker,
+                uid: geteuid(),
                 since: Instant::now(),
                 main: None,
                 group: Some(Arc::new(group)),
