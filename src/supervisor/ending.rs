@@ -215,6 +215,7 @@ impl Driver {
 
     pub(super) fn release(&mut self, id: GenerationId) {
         self.repair_listeners();
+        self.restore_flags_once_gone(id);
         self.store.discard(id);
         self.kept.lost(id);
         self.reports.released(id, Instant::now());

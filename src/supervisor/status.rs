@@ -172,10 +172,10 @@ impl Driver {
             Failure::HungInBake => format!("{who} missed its watchdog's time in its bake"),
         };
         let Some(running) = candidate else { return why };
-        if let Some(errno) = running.said.errno {
-            let _fits = write!(why, "; it said: {}", std::io::Error::from_raw_os_error(errno));
-        } else if let Some(status) = &running.said.status {
-            let _fits = write!(why, "; it said: {status}");
+        let errno = running.said.errno.map(|errno| std::io::Error::from_raw_os_error(errno).to_string());
+        let said: Vec<_> = running.said.status.iter().chain(&errno).map(String::as_str).collect();
+        if !said.is_empty() {
+            let _fits = write!(why, "; it said: {}", said.join(": "));
         }
         if let (Failure::StartTimeout, Some(why_not)) = (failure, &running.why_not) {
             let _fits = write!(why, "; its probe: {why_not}");
