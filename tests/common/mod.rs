@@ -74,8 +74,18 @@ impl Setup {
     pub fn within<S: AsRef<std::ffi::OsStr>>(dir: Arc<tempfile::TempDir>, args: impl IntoIterator<Item = S>) -> Setup {
         let mut command = Command::new(ZDDSUP);
         command.args(["run", "--name", "web"]).args(args).env("XDG_RUNTIME_DIR", dir.path()).current_dir(dir.path());
-        command.env_remove("NOTIFY_SOCKET").env("PWD", dir.path());
+        command.env_remove("NOTIFY_SOCKET").env("PWD", dir.path()).stdin(Stdio::null());
         Setup { dir, command }
+    }
+
+    /// Started by another program, which execs what its arguments end with. To be called before [`Setup::command`].
+    #[must_use]
+    pub fn through(self, wrapper: &[&str]) -> Setup {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        command.current_dir(self.dir.path()).env_remove("NOTIFY_SOCKET").stdin(Stdio::null());
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Setup { dir: self.dir, command }
     }
 
     /// To change its environment, directory, stdio.
@@ -87,7 +97,7 @@ impl Setup {
     #[must_use]
     pub fn spawn(mut self) -> Supervisor {
         // Its own process group: a test's signals reach it alone.
-        let mut child = self.command.process_group(0).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = self.command.process_group(0).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, into) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {

@@ -25,7 +25,8 @@
 //!
 //! Paths: `/`, `/health`, `/slow?ms=N`, `/big?bytes=N`, `/env`, `/fds`, `/inherited` (what it was started with),
 //! `/signals` (that came), `/stored` (what it got back from the fd store), `/grandchild` (its pid), `/stderr?text=T`,
-//! `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N`.
+//! `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N`,
+//! `/barrier?text=T` (answers once the supervisor has taken that text).
 //!
 //! TERM: it stops accepting, answers with `Connection: close`, lets an idle connection send one more request for 2 s,
 //! and exits with 0.

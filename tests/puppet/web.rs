@@ -103,6 +103,10 @@ fn answer(puppet: &Puppet, target: &str) -> (&'static str, String) {
                 Err(error) => format!("{error}"),
             }
         }
+        "/barrier" => match notify::barrier(&value("text").unwrap_or_default()) {
+            Ok(true) => puppet.name(),
+            other => format!("{other:?}"),
+        },
         _ => return ("404 Not Found", format!("no {path}")),
     };
     ("200 OK", body)

@@ -11,18 +11,31 @@
 //! | `leftovers` | no process, zombie, fd is left behind |
 //! | `hostile` | bad input on every socket |
 //! | `overload` | full queues, busy processors, everybody at once |
+//! | `handoff` | what a generation is handed, and what it may do to it |
+//! | `inherit` | what it inherits, and nothing else |
+//! | `readiness` | what shows that it can serve, and what does not |
+//! | `output` | stdout and stderr |
+//! | `listeners` | each kind of socket, and those that systemd passes |
+//! | `refusals` | what is refused, in words, with nothing left behind |
 //! | `takeover` | zddsup killed, and the next one |
 
 #[path = "../common/mod.rs"]
 mod common;
+mod seen;
 mod stage;
 
 mod failures;
 mod fresh;
+mod handoff;
 mod hostile;
+mod inherit;
 mod leftovers;
+mod listeners;
 mod load;
+mod output;
 mod overload;
+mod readiness;
+mod refusals;
 mod restart;
 mod rollback;
 mod signals;
