@@ -95,6 +95,7 @@ struct Connection {
 
 impl Connection {
     fn new(stream: TcpStream) -> Self {
+        let _slower_then = stream.set_nodelay(true);
         Connection { stream, unanswered: Vec::new() }
     }
 

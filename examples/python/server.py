@@ -38,6 +38,7 @@ def notify(message: str) -> None:
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 10  # an idle connection is closed after so many seconds
+    disable_nagle_algorithm = True  # head and body are two writes
 
     def do_GET(self) -> None:
         body = f"version={VERSION} pid={os.getpid()} generation={os.environ.get('ZDDSUP_GENERATION', '-')}\n".encode()

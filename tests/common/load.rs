@@ -148,13 +148,15 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} requests on {} connections in {:.1?}: {} failed {:?}",
+            "{} requests on {} connections in {:.1?}: {} failed",
             self.requests(),
             self.connections,
             self.elapsed,
             self.failed(),
-            self.failures
         )?;
+        for (failure, count) in &self.failures {
+            writeln!(f, "  {failure:?}: {count}")?;
+        }
         for message in &self.messages {
             writeln!(f, "  {message}")?;
         }
