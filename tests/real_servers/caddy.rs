@@ -10,9 +10,9 @@ use std::process::Command;
 use crate::common::real::{installed, path};
 use crate::stage::{lost_unread_ones_at_most, was_kept, Site};
 
-const BY_FD: &str = "zddsup run --listen 'web=127.0.0.1:8080?defer-accept=1' --env FD_WEB={fd:web} --ready notify -- \
-                     caddy run --config Caddyfile";
-const OWN_SOCKET: &str = "zddsup run --ready notify -- caddy run --config Caddyfile-own-socket";
+const BY_FD: &str = "--listen 'web=127.0.0.1:8080?defer-accept=1' --env FD_WEB={fd:web} --ready notify -- \
+     caddy run --config Caddyfile";
+const OWN_SOCKET: &str = "--ready notify -- caddy run --config Caddyfile-own-socket";
 
 /// Where another caddy than the one in `PATH` is.
 const ANOTHER: &str = "ZDDSUP_TEST_CADDY";

@@ -6,7 +6,7 @@
 use crate::common::real::installed;
 use crate::stage::{lost_idle_ones_at_most, was_kept, Site};
 
-const COMMAND: &str = "zddsup run --listen web=127.0.0.1:8080 --env FD_WEB={fd:web} --ready notify --stop-signal USR1 \
+const COMMAND: &str = "--listen web=127.0.0.1:8080 --env FD_WEB={fd:web} --ready notify --stop-signal USR1 \
                        -- haproxy -Ws -f haproxy.cfg";
 const CONFIGURATION: &str = include_str!("files/haproxy.cfg");
 

@@ -7,7 +7,7 @@
 use crate::common::real::installed;
 use crate::stage::{lost_idle_ones_at_most, was_kept, Outcome, Site};
 
-const COMMAND: &str = "zddsup run --listen web=127.0.0.1:8080 --env 'NGINX={fd:web};' --stop-signal QUIT --ready \
+const COMMAND: &str = "--listen web=127.0.0.1:8080 --env 'NGINX={fd:web};' --stop-signal QUIT --ready \
                        'exec:grep -qx $ZDDSUP_PID nginx-$ZDDSUP_GENERATION.pid' -- nginx -p . -e stderr -c nginx.conf \
                        -g 'daemon off; pid nginx-{generation}.pid;'";
 

@@ -45,10 +45,10 @@ impl Site {
         std::fs::rename(beside, self.path(name)).unwrap();
     }
 
-    /// Runs a command of docs/servers.md, with words of it changed, until a generation serves.
+    /// Runs `zddsup run` as in docs/servers.md, with words of it changed, until a generation serves.
     pub fn start(&self, command: &str, change: impl Fn(&str) -> String) -> Supervisor {
-        assert!(DOCUMENTED.contains(command), "docs/servers.md does not have {command:?}");
-        let words = words(command.strip_prefix("zddsup run ").expect("a command of zddsup run"));
+        assert!(DOCUMENTED.contains(&format!("`{command}`")), "docs/servers.md does not have {command:?}");
+        let words = words(command);
         let words = words.iter().map(|word| change(&word.replace(USUAL, &self.address.to_string())));
         let mut setup = Setup::within(Arc::clone(&self.dir), words);
         setup.command().env("PATH", real::path()).env("HOME", self.dir.path());

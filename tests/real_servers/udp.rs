@@ -11,7 +11,7 @@ use crate::common::real::installed;
 use crate::common::PATIENCE;
 use crate::stage::Site;
 
-const COMMAND: &str = "zddsup run --listen udp://127.0.0.1:8080 --ready notify -- /usr/bin/python3 udp_echo.py";
+const COMMAND: &str = "--listen udp://127.0.0.1:8080 --ready notify -- /usr/bin/python3 udp_echo.py";
 const CLIENTS: usize = 4;
 
 #[test]

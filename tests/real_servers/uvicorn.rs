@@ -7,9 +7,8 @@
 use crate::common::real::installed;
 use crate::stage::{lost_unread_ones_at_most, was_kept, Outcome, Site};
 
-const COMMAND: &str =
-    "zddsup run --listen '127.0.0.1:8080?defer-accept=1&nodelay' --ready notify -- /usr/bin/python3 -m \
-                       uvicorn --fd {fd:listener} --header connection:close --no-access-log asgi:app";
+const COMMAND: &str = "--listen '127.0.0.1:8080?defer-accept=1&nodelay' --ready notify -- /usr/bin/python3 -m \
+     uvicorn --fd {fd:listener} --header connection:close --no-access-log asgi:app";
 
 fn upgraded(change: impl Fn(&str) -> String) -> Option<Outcome> {
     if !installed("uvicorn", &["/usr/bin/python3", "-c", "import uvicorn"]) {
