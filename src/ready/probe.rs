@@ -188,6 +188,7 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
         nice: None,
         oom_score_adj: None,
         listen_pid: false,
+        trap: false,
     };
     let spawned = spawn(launch, &context.reaper).await.map_err(io::Error::other)?;
     let _all_of_it = Group(nix::unistd::Pid::from_raw(spawned.member.pid));
