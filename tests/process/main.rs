@@ -6,3 +6,4 @@ mod children;
 mod failures;
 mod groups;
 mod inheritance;
+mod trapped;
