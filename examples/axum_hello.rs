@@ -71,7 +71,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
 fn app(service: &Service) -> Router {
     let version = std::env::args().nth(1).or_else(|| std::env::var("VERSION").ok()).unwrap_or_else(|| "v0".to_owned());
     let generation = service.generation().unwrap_or(0);
-    let line = format!("version {version}, generation {generation}, pid {}\n", std::process::id());
+    let line = format!("version={version} pid={} generation={generation}\n", std::process::id());
     let service = service.clone();
     Router::new().route("/", get(|| async { line })).layer(map_response(move |mut response: Response| {
         if service.is_draining() {

@@ -7,12 +7,17 @@
 //! nc 127.0.0.1 7777
 //! ```
 //!
+//! Alone it binds the address that is its argument, if there is one.
+//!
 //! What a connection is, besides its socket, are the bytes that were read and not sent back yet. In a drain both go to the
-//! supervisor, which passes them on; the old process then has nothing left and exits.
+//! supervisor, which passes them on; the old process then has nothing left and exits. When there is nobody to pass them
+//! to (the service is being stopped, or there is no handoff socket), it serves on until its clients have gone, or the
+//! drain time has.
 
 use std::error::Error;
 use std::io;
 use std::os::fd::AsFd;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -37,11 +42,13 @@ async fn main() -> ExitCode {
 async fn run() -> Result<(), Box<dyn Error>> {
     let service = Service::from_env()?;
     service.drain_at_sigterm()?;
-    let listener: TcpListener = service.listener_or_bind("echo", "127.0.0.1:7777")?;
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:7777".to_owned());
+    let listener: TcpListener = service.listener_or_bind("echo", &address)?;
+    eprintln!("echo_live: serves {}", listener.local_addr()?);
     service.ready()?;
 
     let mut connections = JoinSet::new();
-    loop {
+    let drain = loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => drop(connections.spawn(serve(service.clone(), Connection::new(stream)))),
@@ -50,18 +57,34 @@ async fn run() -> Result<(), Box<dyn Error>> {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             },
-            Some(kept) = service.kept() => match Connection::from_kept(kept) {
-                Ok(connection) => drop(connections.spawn(serve(service.clone(), connection))),
-                Err(error) => eprintln!("cannot go on with a connection: {error}"),
+            Some(kept) = service.kept() => go_on(&service, kept, &mut connections),
+            Some(_) = connections.join_next() => {}
+            drain = service.draining() => break drain,
+        }
+    };
+    drop(listener);
+    // If another generation follows, it gets what comes now.
+    let mut more = drain.last;
+    loop {
+        tokio::select! {
+            biased;
+            kept = service.kept(), if more => match kept {
+                Some(kept) => go_on(&service, kept, &mut connections),
+                None => more = false,
             },
             Some(_) = connections.join_next() => {}
-            _ = service.draining() => break,
+            else => break,
         }
     }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
     service.drained()?;
     Ok(())
+}
+
+fn go_on(service: &Service, kept: Kept, connections: &mut JoinSet<()>) {
+    match Connection::from_kept(kept) {
+        Ok(connection) => drop(connections.spawn(serve(service.clone(), connection))),
+        Err(error) => eprintln!("cannot go on with a connection: {error}"),
+    }
 }
 
 struct Connection {
@@ -105,22 +128,33 @@ impl Connection {
 
 async fn serve(service: Service, mut connection: Connection) {
     let mut may_move = service.can_keep();
+    let mut time_is_up = pin!(time_is_up(&service));
     loop {
         tokio::select! {
-            _ = service.draining(), if may_move => {
+            drain = service.draining(), if may_move => {
+                may_move = false;
+                if drain.last {
+                    continue;
+                }
                 match service.keep("echo", &connection.unanswered, &[connection.stream.as_fd()]) {
                     Ok(()) => return,
-                    Err(error) => {
-                        eprintln!("serving a connection to its end here: {error}");
-                        may_move = false;
-                    }
+                    Err(error) => eprintln!("serving a connection to its end here: {error}"),
                 }
             }
+            () = &mut time_is_up => return,
             open = connection.step() => match open {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => return eprintln!("connection failed: {error}"),
             }
         }
+    }
+}
+
+/// The drain time is nearly over: what is closed here need not be killed.
+async fn time_is_up(service: &Service) {
+    match service.draining().await.time_left() {
+        Some(left) => tokio::time::sleep(left * 9 / 10).await,
+        None => std::future::pending().await,
     }
 }

@@ -81,7 +81,8 @@ async fn malformed(reports: &mut mpsc::UnboundedReceiver<Incoming>) -> String {
 async fn hello_and_the_listeners_in_batches_come_first() {
     let listeners: Vec<_> = (0..5).map(|index| (format!("l{index}"), Arc::new(pipe().0))).collect();
     let (channel, peer, _reports) = channel(&listeners, 2);
-    channel.send(Outgoing { message: ToGeneration::Drain { timeout_ms: Some(5) }, fds: Vec::new() });
+    let drain = ToGeneration::Drain { timeout_ms: Some(5), last: false, more: false };
+    channel.send(Outgoing { message: drain.clone(), fds: Vec::new() });
     let hello = ToGeneration::Hello { protocol: 1, service: "web".to_owned(), generation: 3 };
     assert_eq!(peer.hears().await.0, hello);
     let mut got = Vec::new();
@@ -96,7 +97,7 @@ async fn hello_and_the_listeners_in_batches_come_first() {
     let found: Vec<_> = got.iter().map(|(name, fd)| (name.clone(), inode(fd))).collect();
     let sent: Vec<_> = listeners.iter().map(|(name, fd)| (name.clone(), inode(fd))).collect();
     assert_eq!(found, sent);
-    assert_eq!(peer.hears().await.0, ToGeneration::Drain { timeout_ms: Some(5) });
+    assert_eq!(peer.hears().await.0, drain);
 }
 
 #[tokio::test]

@@ -92,7 +92,7 @@ struct Found {
 impl Group {
     /// Those of the generation with this first process, and this value of [`MARKER_VAR`].
     #[must_use]
-    pub fn new(leader: Member, marker: String) -> Self {
+    pub fn new(leader: Member, marker: &str) -> Self {
         let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
         Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
     }
@@ -141,7 +141,7 @@ impl Group {
     }
 
     fn look(&self) -> io::Result<Found> {
-        let own = std::process::id().cast_signed();
+        let own = Pid::this().as_raw();
         let mut young = BTreeMap::new();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };

@@ -185,6 +185,13 @@ impl Program {
         })
     }
 
+    /// Whether both are the same file with the same content, found at the same path.
+    #[must_use]
+    pub fn is_same(&self, other: &Program) -> bool {
+        let mark = |stat: &FileStat| (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
+        self.found == other.found && mark(&self.file) == mark(&other.file)
+    }
+
     /// Its first bytes, as far as they can be read.
     pub(super) fn head(&self) -> Vec<u8> {
         let mut head = vec![0; 4096];

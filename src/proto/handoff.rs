@@ -57,6 +57,13 @@ pub enum ToGeneration {
         /// After so many milliseconds it is stopped; never if this is missing.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         timeout_ms: Option<u64>,
+        /// Whether nobody serves after it: the service is being stopped, and nothing can be passed on.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        last: bool,
+        /// With `last`: older generations still drain, and what they keep meanwhile comes to this one. The same message
+        /// without it follows.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        more: bool,
     },
     /// Something that a former generation passes on, with its fds.
     Kept {
@@ -168,7 +175,7 @@ impl ToGeneration {
                 Err(HandoffError::Listeners(names.len()))
             }
             ToGeneration::Listeners { names, last: _ } => names.iter().try_for_each(|name| check_named(name)),
-            ToGeneration::Drain { timeout_ms: _ } => Ok(()),
+            ToGeneration::Drain { timeout_ms: _, last: _, more: _ } => Ok(()),
             ToGeneration::Kept { id: _, name, state } => check_kept(name, state),
         }
     }
@@ -275,7 +282,8 @@ mod tests {
                 .prop_map(|(protocol, service, generation)| ToGeneration::Hello { protocol, service, generation }),
             (proptest::collection::vec(NAME, 0..20), any::<bool>())
                 .prop_map(|(names, last)| ToGeneration::Listeners { names, last }),
-            any::<Option<u64>>().prop_map(|timeout_ms| ToGeneration::Drain { timeout_ms }),
+            (any::<Option<u64>>(), any::<bool>(), any::<bool>())
+                .prop_map(|(timeout_ms, last, more)| ToGeneration::Drain { timeout_ms, last, more }),
             (any::<u64>(), NAME, state).prop_map(|(id, name, state)| ToGeneration::Kept { id, name, state }),
         ]
     }
@@ -327,7 +335,10 @@ mod tests {
         let keep = FromGeneration::Keep { name: "echo".to_owned(), state: b"hi".to_vec() };
         assert_eq!(keep.encode().unwrap(), br#"{"type":"keep","name":"echo","state":"aGk="}"#);
         let drain = ToGeneration::decode(br#"{"type":"drain","later":[1]}"#, 0).unwrap();
-        assert_eq!(drain, ToGeneration::Drain { timeout_ms: None });
+        assert_eq!(drain, ToGeneration::Drain { timeout_ms: None, last: false, more: false });
+        assert_eq!(drain.encode().unwrap(), br#"{"type":"drain"}"#);
+        let stop = ToGeneration::Drain { timeout_ms: Some(5), last: true, more: false };
+        assert_eq!(stop.encode().unwrap(), br#"{"type":"drain","timeout_ms":5,"last":true}"#);
     }
 
     #[test]

@@ -18,9 +18,13 @@ const SLACK: Duration = Duration::from_secs(1);
 
 /// What a generation was told with the word to drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Drain {
     /// When it is stopped, as far as that is known.
     pub deadline: Option<Instant>,
+    /// Whether no generation serves after this one: the service is being stopped, and nothing can be kept. Live
+    /// connections are to be served to their end, or to the deadline.
+    pub last: bool,
 }
 
 impl Drain {
@@ -45,15 +49,17 @@ impl Draining {
         Ok(Draining { told: Mutex::new(None), futures: Notify::new(), threads })
     }
 
-    /// The first word counts.
-    pub(super) fn tell(&self, timeout: Option<Duration>) {
+    /// The first word counts. A later one can only add that the service is being stopped meanwhile.
+    pub(super) fn tell(&self, timeout: Option<Duration>, last: bool) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.is_none() {
-            let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-            *told = Some(Drain { deadline });
-            let _cannot_overflow = self.threads.write(1);
-            self.futures.notify_waiters();
+        if let Some(drain) = told.as_mut() {
+            drain.last |= last;
+            return;
         }
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        *told = Some(Drain { deadline, last });
+        let _cannot_overflow = self.threads.write(1);
+        self.futures.notify_waiters();
     }
 
     pub(super) fn now(&self) -> Option<Drain> {
@@ -106,7 +112,7 @@ pub(super) fn at_sigterm(draining: Arc<Draining>) -> io::Result<()> {
             if draining.now().and_then(|drain| drain.time_left()).is_some_and(|left| left <= SLACK) {
                 let _cannot_fail = emulate_default_handler(SIGTERM);
             }
-            draining.tell(None);
+            draining.tell(None, false);
         }
     })
 }

@@ -96,7 +96,7 @@ impl Link {
         }
         let socket = Arc::clone(&reader.socket);
         let (sender, kept) = mpsc::unbounded_channel();
-        thread("zddsup", move || listen(reader, &draining, &sender)).map_err(ServiceError::io("start a thread"))?;
+        thread("zddsup", move || listen(reader, &draining, sender)).map_err(ServiceError::io("start a thread"))?;
         Ok((Link { socket, service, generation, kept: Mutex::new(kept) }, listeners))
     }
 
@@ -166,16 +166,29 @@ impl Reader {
 }
 
 /// Until the supervisor is gone, or this process has no use for it.
-fn listen(mut reader: Reader, draining: &Draining, keeper: &mpsc::UnboundedSender<(u64, Kept)>) {
+fn listen(mut reader: Reader, draining: &Draining, keeper: mpsc::UnboundedSender<(u64, Kept)>) {
+    let mut keeper = Some(keeper);
+    let mut drain = None;
     // What cannot be understood ends it too: the supervisor sees the socket closed when this process ends, and a service
     // is not stopped for a supervisor's mistake. It drains at a signal then.
-    while let Ok((message, fds)) = reader.next(None) {
-        match message {
-            ToGeneration::Drain { timeout_ms } => draining.tell(timeout_ms.map(Duration::from_millis)),
-            ToGeneration::Kept { id, name, state } => {
-                let _link_is_dropped = keeper.send((id, Kept { name, state, fds }));
+    loop {
+        // What lies there is read before the word is passed on: the service may have been stopped since.
+        let deadline = drain.map(|_| Instant::now());
+        match (reader.next(deadline), drain.take()) {
+            (Ok((ToGeneration::Drain { timeout_ms, last, more }, _)), earlier) => {
+                let (timeout_ms, was_last) = earlier.unwrap_or((timeout_ms, false));
+                drain = Some((timeout_ms, was_last || last));
+                if last && !more {
+                    keeper = None;
+                }
             }
-            ToGeneration::Hello { .. } | ToGeneration::Listeners { .. } => {}
+            (Ok((ToGeneration::Kept { id, name, state }, fds)), earlier) => {
+                drain = earlier;
+                let _link_is_dropped = keeper.as_ref().map(|keeper| keeper.send((id, Kept { name, state, fds })));
+            }
+            (Ok((ToGeneration::Hello { .. } | ToGeneration::Listeners { .. }, _)), earlier) => drain = earlier,
+            (Err(_), Some((timeout_ms, last))) => draining.tell(timeout_ms.map(Duration::from_millis), last),
+            (Err(_), None) => break,
         }
     }
     let _closed_already = shutdown(reader.socket.as_raw_fd(), Shutdown::Both);

@@ -119,6 +119,9 @@ pub enum ServiceError {
     /// Keeping needs a handoff socket.
     #[error("nothing can be kept for a next generation: run this under zddsup with --handoff socket or auto")]
     NothingKeeps,
+    /// The service is being stopped.
+    #[error("nothing can be kept: the service is being stopped, and no generation comes after this one")]
+    NobodyFollows,
     /// More fds than go with one message.
     #[error("{0} fds at once, which may be {max}; keep them in several turns", max = scm::MAX_FDS)]
     TooManyFds(usize),
@@ -271,10 +274,11 @@ impl Service {
         self.0.draining.now().is_some()
     }
 
-    /// Whether [`Service::keep`] works.
+    /// Whether [`Service::keep`] works: there is a supervisor that passes things on, and it has not said that the service
+    /// is being stopped ([`Drain::last`]).
     #[must_use]
     pub fn can_keep(&self) -> bool {
-        self.0.link.is_some()
+        self.0.link.is_some() && !self.nobody_follows()
     }
 
     /// Passes open files, and up to 64 KiB that describe them, to the generation that serves after this one: live
@@ -285,12 +289,15 @@ impl Service {
     /// while its queue is full, for ten seconds at most.
     pub fn keep(&self, name: &str, state: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ServiceError> {
         let link = self.0.link.as_ref().ok_or(ServiceError::NothingKeeps)?;
+        if self.nobody_follows() {
+            return Err(ServiceError::NobodyFollows);
+        }
         let message = FromGeneration::Keep { name: name.to_owned(), state: state.to_owned() };
         link.say(&message, fds)
     }
 
     /// The next thing that a former generation passed on. None when no more can come. What nobody asked for when this
-    /// process ends is passed to the next generation.
+    /// process ends is passed to the next generation; where there is none ([`Drain::last`]), ask until it is None.
     pub async fn kept(&self) -> Option<Kept> {
         self.0.link.as_ref()?.kept().await
     }
@@ -311,6 +318,10 @@ impl Service {
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.0.link.as_ref().map(Link::service)
+    }
+
+    fn nobody_follows(&self) -> bool {
+        self.0.draining.now().is_some_and(|drain| drain.last)
     }
 
     fn passed(&self) -> MutexGuard<'_, Passed> {

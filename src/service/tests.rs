@@ -115,7 +115,7 @@ async fn tokio_types_and_the_word_to_drain() {
     listener.accept().await.unwrap();
     assert!(!service.is_draining());
     let waiting = service.draining();
-    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(60_000) }, &[]);
+    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(60_000), last: false, more: false }, &[]);
     let left = waiting.await.time_left().unwrap();
     assert!(left <= Duration::from_secs(60) && left > Duration::from_secs(30));
     // It stays said.
@@ -139,7 +139,7 @@ fn a_server_with_threads_accepts_until_the_drain() {
         let service = service.clone();
         move || service.accept(&listener).unwrap().is_none()
     });
-    supervisor.says(&ToGeneration::Drain { timeout_ms: None }, &[]);
+    supervisor.says(&ToGeneration::Drain { timeout_ms: None, last: false, more: false }, &[]);
     assert_eq!(service.wait_draining().unwrap().deadline, None);
     assert!(accepting.join().unwrap());
 }
@@ -161,6 +161,35 @@ fn what_it_says_reaches_the_supervisor() {
         service.keep("x", &vec![0; 65_537], &[]),
         Err(ServiceError::Handoff(HandoffError::State(65_537)))
     ));
+}
+
+#[test]
+fn nothing_is_kept_when_the_service_is_stopped() {
+    let (service, supervisor) = supervised(&[]);
+    assert!(service.can_keep());
+    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(60_000), last: true, more: true }, &[]);
+    let drain = service.wait_draining().unwrap();
+    assert!(drain.last && drain.time_left().is_some());
+    assert!(!service.can_keep());
+    assert!(matches!(service.keep("x", b"", &[]), Err(ServiceError::NobodyFollows)));
+    // What is on its way still comes.
+    supervisor.says(&ToGeneration::Kept { id: 1, name: "late".to_owned(), state: Vec::new() }, &[]);
+    assert_eq!(service.wait_kept().unwrap().name, "late");
+    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(60_000), last: true, more: false }, &[]);
+    assert!(service.wait_kept().is_none());
+}
+
+#[test]
+fn an_upgrade_may_turn_into_a_stop() {
+    let (service, supervisor) = supervised(&[]);
+    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(60_000), last: false, more: false }, &[]);
+    let deadline = service.wait_draining().unwrap().deadline;
+    assert!(service.can_keep());
+    supervisor.says(&ToGeneration::Drain { timeout_ms: Some(5), last: true, more: false }, &[]);
+    while service.can_keep() {
+        std::thread::yield_now();
+    }
+    assert_eq!(service.wait_draining().unwrap(), Drain { deadline, last: true });
 }
 
 #[tokio::test]

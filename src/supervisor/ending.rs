@@ -8,11 +8,12 @@ use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
 use super::driver::{Driver, Input};
-use super::running::Main;
+use super::running::{Main, Running};
 use super::signals;
 use super::spawning::LOOK_AGAIN;
 use crate::control::types as control;
-use crate::core::{End, Event, GenerationId};
+use crate::core::stopping::Life;
+use crate::core::{End, Event, GenerationId, Phase};
 use crate::handoff::channel::Outgoing;
 use crate::process::group::{signal_main, Group, Member};
 use crate::process::spawn::{SpawnError, Spawned};
@@ -60,7 +61,7 @@ impl Driver {
         });
         let Some(running) = self.running.get_mut(&id) else { return };
         if running.group.is_none() {
-            running.group = Some(Arc::new(Group::new(member, running.marker.clone())));
+            running.group = Some(Arc::new(Group::new(member, &running.marker)));
         }
         running.main = Some(Main { member, pidfd, watch: task.abort_handle() });
     }
@@ -133,17 +134,60 @@ impl Driver {
 
     pub(super) fn drain(&mut self, id: GenerationId) {
         self.leaves(id);
-        let timeout_ms = self.config.drain_timeout.and_then(|limit| u64::try_from(limit.as_millis()).ok());
-        let channel = self.running.get(&id).and_then(|running| running.channel.as_ref());
-        if let Some(channel) = channel.filter(|channel| channel.has_spoken()) {
+        if self.tell_to_drain(id) {
             tracing::info!(generation = %id, "drains");
-            channel.send(Outgoing { message: ToGeneration::Drain { timeout_ms }, fds: Vec::new() });
         } else {
             tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
             self.signal_main(id, self.config.stop_signal);
         }
         self.record();
         self.news_of(id);
+    }
+
+    /// By the handoff socket; false where nobody reads it. Nothing is said twice.
+    fn tell_to_drain(&mut self, id: GenerationId) -> bool {
+        // While the service runs somebody serves after it, if not now then when the service is restarted.
+        let last = self.is_being_stopped();
+        let others_keep = || self.running.values().any(|other| other.id != id && other.hears());
+        let more = last && self.receiver() == Some(id) && others_keep();
+        let limit = match self.phase(id) {
+            Some(Phase::Draining { deadline: Some(deadline) }) => Some(deadline.since(self.now())),
+            _ => self.config.drain_timeout,
+        };
+        let timeout_ms = limit.and_then(|limit| u64::try_from(limit.as_millis()).ok());
+        let Some(running) = self.running.get_mut(&id).filter(|running| running.hears()) else { return false };
+        let told = running.told_to_drain.replace((last, more));
+        if let Some(channel) = running.channel.as_ref().filter(|_| told != Some((last, more))) {
+            channel.send(Outgoing { message: ToGeneration::Drain { timeout_ms, last, more }, fds: Vec::new() });
+        }
+        true
+    }
+
+    /// The service is being stopped: what drained to pass on its connections has nobody to pass them to any more; and
+    /// who takes those that are on their way is told when no more can come.
+    pub(super) fn nobody_follows(&mut self) {
+        let ids: Vec<_> = self.running.keys().copied().collect();
+        for id in ids {
+            if matches!(self.phase(id), Some(Phase::Draining { .. })) {
+                self.tell_to_drain(id);
+            }
+        }
+    }
+
+    fn is_being_stopped(&self) -> bool {
+        self.machine.life() != Life::Running && self.machine.serving().is_none()
+    }
+
+    /// Who gets what is kept: who serves; when the service is being stopped, the newest that still drains.
+    pub(super) fn receiver(&self) -> Option<GenerationId> {
+        let drains = |id| matches!(self.phase(id), Some(Phase::Draining { .. }));
+        let hears = |running: &&Running| running.hears() && drains(running.id);
+        let newest = || self.running.values().rev().find(hears).map(|running| running.id);
+        self.machine.serving().or_else(|| self.is_being_stopped().then(newest).flatten())
+    }
+
+    fn phase(&self, id: GenerationId) -> Option<Phase> {
+        self.machine.generations().find(|(other, _)| *other == id).map(|(_, generation)| generation.phase)
     }
 
     pub(super) fn signal_main(&mut self, id: GenerationId, signal: Signal) {
@@ -182,6 +226,9 @@ impl Driver {
             self.retired.truncate(5);
         }
         self.pass_on_kept();
+        if self.is_being_stopped() {
+            self.nobody_follows();
+        }
         self.forget_programs();
         self.record();
     }

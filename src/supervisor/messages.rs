@@ -1,4 +1,4 @@
-//! What generations say: notify messages (sd_notify(3)) and handoff messages (docs/handoff.md).
+//! What generations say: notify messages (`sd_notify(3)`) and handoff messages (docs/handoff.md).
 //!
 //! Nothing here trusts the sender: who it is, is checked against the generation's processes, and what it says is a
 //! fact about itself only.

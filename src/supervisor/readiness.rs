@@ -71,7 +71,8 @@ impl Driver {
     /// It ran for [`SETTLES_AFTER`] and may be one that says nothing.
     pub(super) fn settled_in(&mut self, id: GenerationId) {
         let Some(running) = self.running.get(&id) else { return };
-        let has_spoken = running.said.anything || running.channel.as_ref().is_some_and(|channel| channel.has_spoken());
+        let has_spoken = running.said.anything
+            || running.channel.as_ref().is_some_and(super::super::handoff::channel::Channel::has_spoken);
         if running.ready || self.speaks || has_spoken {
             return;
         }

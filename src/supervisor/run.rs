@@ -1,5 +1,6 @@
 //! From a configuration to the end of the service.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
@@ -65,6 +66,15 @@ pub enum StartError {
     },
 }
 
+/// What is had before the first spawn.
+struct Held {
+    listeners: Vec<Listener>,
+    nofile: Option<limits::Limit>,
+    reaper: Reaper,
+    output: Output,
+    state_file: PathBuf,
+}
+
 /// How a service ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -106,10 +116,11 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let (commands, mut asked) = mpsc::channel(64);
     let (inbox, mut inputs) = mpsc::unbounded_channel();
     let (events, _) = broadcast::channel(EVENTS_HELD);
-    let (over, is_over) = oneshot::channel::<()>();
+    let (over, end) = oneshot::channel::<()>();
     let handle = Handle { commands, events: events.clone() };
-    let served = tokio::spawn(server.serve(handle, async { drop(is_over.await) }));
-    let mut driver = Driver::new(config, listeners, nofile, reaper, output, file("state"), inbox, events);
+    let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
+    let held = Held { listeners, nofile, reaper, output, state_file: file("state") };
+    let mut driver = Driver::new(config, held, inbox, events);
     driver.begin(orphans);
 
     let finish = loop {
@@ -126,7 +137,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     };
     let ended = driver.end(finish);
     drop(over);
-    let _cannot_panic = served.await;
+    let _cannot_panic = control.await;
     Ok(ended)
 }
 
@@ -144,24 +155,21 @@ fn write_pid_file(path: &Path) -> Result<PidFile, StartError> {
 impl Driver {
     fn new(
         config: ServiceConfig,
-        listeners: Vec<Listener>,
-        nofile: Option<limits::Limit>,
-        reaper: Reaper,
-        output: Output,
-        state_file: PathBuf,
+        held: Held,
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
+        let Held { listeners, nofile, reaper, output, state_file } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
             config,
             machine,
-            happenings: Default::default(),
+            happenings: VecDeque::new(),
             listeners,
-            running: Default::default(),
-            retired: Default::default(),
-            recipes: Default::default(),
+            running: BTreeMap::new(),
+            retired: VecDeque::new(),
+            recipes: BTreeMap::new(),
             kept: Keeping::default(),
             reports: Reports::default(),
             restarts: 0,

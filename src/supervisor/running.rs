@@ -35,6 +35,8 @@ pub struct Running {
     pub channel: Option<Channel>,
     /// Its stderr.
     pub capture: Option<Capture>,
+    /// What its last drain message said: last, and more.
+    pub told_to_drain: Option<(bool, bool)>,
     /// What it said of itself.
     pub said: Said,
     /// Whether it was switched to once.
@@ -137,6 +139,12 @@ impl Running {
         let Some(capture) = &self.capture else { return Vec::new() };
         capture.catch_up();
         capture.tail().lines()
+    }
+
+    /// Whether it said hello on its handoff socket, and so hears what it is told there.
+    #[must_use]
+    pub fn hears(&self) -> bool {
+        self.channel.as_ref().is_some_and(Channel::has_spoken)
     }
 
     /// Where its program lies, for the log.

@@ -16,6 +16,7 @@ use crate::process::group::MARKER_VAR;
 use crate::process::identity::{Identity, IdentityError};
 use crate::process::program::{Program, ProgramError};
 use crate::process::spawn::{spawn, Launch};
+use crate::proto::handoff::SOCKET_VAR;
 use crate::proto::{compat, listen_fds, placeholder};
 use crate::ready::notify::NotifySocket;
 
@@ -85,6 +86,7 @@ impl Driver {
             notify: None,
             channel: None,
             capture: None,
+            told_to_drain: None,
             said: Said::default(),
             ready: false,
             connections: None,
@@ -125,7 +127,7 @@ impl Driver {
             }
         };
         running.program = Some(Arc::clone(&recipe.program));
-        self.compute_digest(&recipe.program);
+        compute_digest(&recipe.program);
         let identity = match (&self.config.user, &self.config.group) {
             (None, None) => None,
             (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
@@ -167,7 +169,14 @@ impl Driver {
         };
         let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
         let program = Program::resolve(&self.config.command[0], path, &directory)?;
-        Ok(Recipe { program: Arc::new(program), args: self.config.command.clone(), env, directory })
+        // The same file as before: its digest is known already.
+        let known = self.recipes.values().map(|recipe| &recipe.program).find(|known| known.is_same(&program)).cloned();
+        Ok(Recipe {
+            program: known.unwrap_or_else(|| Arc::new(program)),
+            args: self.config.command.clone(),
+            env,
+            directory,
+        })
     }
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.
@@ -213,34 +222,32 @@ impl Driver {
         for (name, value) in &recipe.env {
             env.insert(name.clone(), handed.expand(value, running.id)?);
         }
-        if let Some(identity) = identity {
-            for (name, value) in identity.environment() {
-                env.entry(name.into()).or_insert_with(|| value.into());
-            }
+        for (name, value) in identity.into_iter().flat_map(Identity::environment) {
+            env.entry(name.into()).or_insert(value);
         }
-        let mut add = |name: &str, value: String| drop(env.insert(name.into(), value.into()));
-        add(MARKER_VAR, running.marker.clone());
-        add("ZDDSUP_SERVICE", self.config.name.clone());
-        add("ZDDSUP_GENERATION", running.id.to_string());
-        add("NOTIFY_SOCKET", notify.address());
+        let mut own = vec![
+            (MARKER_VAR.to_owned(), running.marker.clone()),
+            ("ZDDSUP_SERVICE".to_owned(), self.config.name.clone()),
+            ("ZDDSUP_GENERATION".to_owned(), running.id.to_string()),
+            ("NOTIFY_SOCKET".to_owned(), notify.address()),
+        ];
         if let Some(every) = self.config.watchdog {
-            add("WATCHDOG_USEC", every.as_micros().to_string());
+            own.push(("WATCHDOG_USEC".to_owned(), every.as_micros().to_string()));
         }
         if let Some((_, number)) = &handed.channel {
-            add("ZDDSUP_SOCKET", number.to_string());
+            own.push((SOCKET_VAR.to_owned(), number.to_string()));
         }
         if !handed.names.is_empty() {
-            listen_fds::encode(&handed.names).into_iter().for_each(|(name, value)| add(name, value));
+            own.extend(listen_fds::encode(&handed.names).map(|(name, value)| (name.to_owned(), value)));
         }
-        if !handed.listeners.is_empty() {
-            let listeners: Vec<_> = handed.listeners.iter().map(Numbered::for_others).collect();
-            if self.config.compat.start_server {
-                compat::start_server(&listeners, running.id.0).into_iter().for_each(|(name, value)| add(&name, value));
-            }
-            if self.config.compat.einhorn {
-                compat::einhorn(&listeners).into_iter().for_each(|(name, value)| add(&name, value));
-            }
+        let listeners: Vec<_> = handed.listeners.iter().map(Numbered::for_others).collect();
+        if self.config.compat.start_server && !listeners.is_empty() {
+            own.extend(compat::start_server(&listeners, running.id.0));
         }
+        if self.config.compat.einhorn && !listeners.is_empty() {
+            own.extend(compat::einhorn(&listeners));
+        }
+        env.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
         Ok(env.into_iter().collect())
     }
 
@@ -259,14 +266,6 @@ impl Driver {
             }
         });
         running.tasks.add(&task);
-    }
-
-    /// The digest is for people: computed beside, when nothing waits for it.
-    fn compute_digest(&self, program: &Arc<Program>) {
-        if program.sha256().is_none() {
-            let program = Arc::clone(program);
-            tokio::task::spawn_blocking(move || program.digest());
-        }
     }
 }
 
@@ -294,3 +293,11 @@ impl Handed {
 
 /// How often the sweep and the count look again, where nothing reports the change.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The digest is for people: computed beside, when nothing waits for it.
+fn compute_digest(program: &Arc<Program>) {
+    if program.sha256().is_none() {
+        let program = Arc::clone(program);
+        tokio::task::spawn_blocking(move || program.digest());
+    }
+}

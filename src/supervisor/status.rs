@@ -1,6 +1,7 @@
 //! The state, for people and programs.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::driver::Driver;
@@ -113,7 +114,7 @@ impl Driver {
         };
         let leaving = self.machine.generations().filter(|(_, generation)| generation.is_leaving()).count();
         if leaving > 0 {
-            line += &format!(", {leaving} draining");
+            let _fits = write!(line, ", {leaving} draining");
         }
         match self.machine.life() {
             Life::Running => {}
@@ -172,12 +173,12 @@ impl Driver {
         };
         let Some(running) = candidate else { return why };
         if let Some(errno) = running.said.errno {
-            why += &format!("; it said: {}", std::io::Error::from_raw_os_error(errno));
+            let _fits = write!(why, "; it said: {}", std::io::Error::from_raw_os_error(errno));
         } else if let Some(status) = &running.said.status {
-            why += &format!("; it said: {status}");
+            let _fits = write!(why, "; it said: {status}");
         }
         if let (Failure::StartTimeout, Some(why_not)) = (failure, &running.why_not) {
-            why += &format!("; its probe: {why_not}");
+            let _fits = write!(why, "; its probe: {why_not}");
         }
         why
     }

@@ -1,4 +1,4 @@
-//! What generations leave with the supervisor: stored fds (FDSTORE in sd_notify(3)), and what is kept for the next
+//! What generations leave with the supervisor: stored fds (FDSTORE in `sd_notify(3)`), and what is kept for the next
 //! generation on the handoff socket.
 
 use std::collections::BTreeMap;

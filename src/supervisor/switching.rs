@@ -22,9 +22,10 @@ impl Driver {
             running.watchdog.fed(Instant::now());
             running.why_not = None;
         }
-        match from {
-            Some(from) => tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}"),
-            None => tracing::info!(generation = %to, "serves"),
+        if let Some(from) = from {
+            tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}");
+        } else {
+            tracing::info!(generation = %to, "serves");
         }
         self.pass_on_kept();
         self.upward.ready();
@@ -35,12 +36,12 @@ impl Driver {
         }
     }
 
-    /// Sends what generations passed on to the one that serves.
+    /// Sends on what generations passed on.
     pub(super) fn pass_on_kept(&mut self) {
-        let Some(serving) = self.machine.serving() else { return };
-        let channel = self.running.get(&serving).and_then(|running| running.channel.as_ref());
+        let Some(receiver) = self.receiver() else { return };
+        let channel = self.running.get(&receiver).and_then(|running| running.channel.as_ref());
         let Some(channel) = channel.filter(|channel| channel.has_spoken()) else { return };
-        for item in self.kept.send_to(serving) {
+        for item in self.kept.send_to(receiver) {
             let message = ToGeneration::Kept { id: item.id, name: item.name, state: item.state };
             channel.send(Outgoing { message, fds: item.fds });
         }

@@ -1,5 +1,5 @@
 //! Going on after a supervisor that was killed: who runs with which sockets is written down, and the next supervisor of
-//! that name takes the sockets out of the living processes (pidfd_getfd(2)). No connection is refused in between: the
+//! that name takes the sockets out of the living processes (`pidfd_getfd(2)`). No connection is refused in between: the
 //! generation that serves never stopped listening.
 
 use std::collections::BTreeMap;
@@ -47,9 +47,10 @@ impl Orphans {
         let mut sockets = BTreeMap::new();
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            match mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
-                Some(fd) => drop(sockets.insert(listener.name, fd)),
-                None => tracing::warn!(listener = listener.name, "no living generation holds its socket any more"),
+            if let Some(fd) = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
+                drop(sockets.insert(listener.name, fd));
+            } else {
+                tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
             }
         }
         Orphans { generations, sockets }
@@ -66,7 +67,7 @@ impl Orphan {
         let member = Member { pid: recorded.main_pid, start_ticks: recorded.main_start_ticks };
         let main = member.open().ok().map(|pidfd| (member, pidfd));
         let leader = Member { pid: recorded.pid, start_ticks: recorded.start_ticks };
-        let group = Group::new(leader, recorded.marker.clone());
+        let group = Group::new(leader, &recorded.marker);
         let lives = main.is_some() || !group.is_empty().unwrap_or(true);
         lives.then_some(Orphan { recorded, main, group })
     }
@@ -123,6 +124,7 @@ impl Driver {
                 notify: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),
+                told_to_drain: None,
                 said: Said::default(),
                 ready: recorded.role != Role::Starting,
                 connections: None,

@@ -36,6 +36,7 @@ impl Driver {
             Notice::Stopping => {
                 tracing::info!("stopping: waiting for the last generation to finish");
                 self.upward.stopping();
+                self.nobody_follows();
             }
         }
         self.upward.status(&self.one_line());

@@ -11,4 +11,6 @@ pub mod scm;
 pub mod seccomp;
 pub mod socket;
 #[cfg(feature = "cli")]
+pub mod steer;
+#[cfg(feature = "cli")]
 pub mod wait;

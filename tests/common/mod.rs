@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test program uses its own part.
 
 pub mod load;
+pub mod real;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
@@ -190,31 +191,27 @@ impl Supervisor {
     /// Waits until the status is as told; looks again at each event, and at a clock only for what no event tells.
     pub fn wait_until(&self, what: &str, is: impl Fn(&Status) -> bool) -> Status {
         let deadline = Instant::now() + PATIENCE;
-        let mut events = self.follow(deadline);
+        let mut events = self.follow();
         loop {
             let status = self.try_status();
             if let Some(status) = status.filter(|status| is(status)) {
                 return status;
             }
             assert!(Instant::now() < deadline, "waited in vain until {what}: {:#?}\n{}", self.try_status(), self.log());
-            match &mut events {
-                Some(stream) => {
-                    let mut line = String::new();
-                    match stream.read_line(&mut line) {
-                        Ok(0) => events = self.follow(deadline),
-                        Ok(_) | Err(_) => {}
-                    }
-                }
+            let next = events.as_mut().map(|events| events.read_line(&mut String::new()));
+            match next {
+                Some(Ok(1..) | Err(_)) => {}
+                Some(Ok(0)) => events = self.follow(),
                 None => {
                     // It has not bound its control socket yet, or is gone.
                     std::thread::sleep(Duration::from_millis(5));
-                    events = self.follow(deadline);
+                    events = self.follow();
                 }
             }
         }
     }
 
-    fn follow(&self, _deadline: Instant) -> Option<BufReader<UnixStream>> {
+    fn follow(&self) -> Option<BufReader<UnixStream>> {
         let mut stream = UnixStream::connect(self.control()).ok()?;
         // Not everything that a status shows is an event: a look now and then.
         stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();

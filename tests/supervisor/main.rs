@@ -8,6 +8,9 @@
 //! | `fresh` | what is resolved anew for each generation |
 //! | `rollback`, `restart` | back to the version before; a service that ends by itself |
 //! | `signals` | signals in every phase, PID 1, a terminal |
+//! | `leftovers` | no process, zombie, fd is left behind |
+//! | `hostile` | bad input on every socket |
+//! | `overload` | full queues, busy processors, everybody at once |
 //! | `takeover` | zddsup killed, and the next one |
 
 #[path = "../common/mod.rs"]
@@ -16,7 +19,10 @@ mod stage;
 
 mod failures;
 mod fresh;
+mod hostile;
+mod leftovers;
 mod load;
+mod overload;
 mod restart;
 mod rollback;
 mod signals;

@@ -47,23 +47,23 @@ impl Stage {
 
     /// A connection per request.
     pub fn load(&self) -> Load {
-        self.begin(self.config())
+        begin(self.config())
     }
 
     /// Requests on connections that are used again.
     pub fn keep_alive_load(&self) -> Load {
-        self.begin(self.config().keep_alive())
+        begin(self.config().keep_alive())
     }
 
     fn config(&self) -> Config {
         Config { workers: 2, ..Config::new(Target::Tcp(self.address())) }
     }
+}
 
-    fn begin(&self, config: Config) -> Load {
-        let load = Load::start(config);
-        assert!(load.more(20, PATIENCE), "no answers: {}", load.so_far());
-        load
-    }
+fn begin(config: Config) -> Load {
+    let load = Load::start(config);
+    assert!(load.more(20, PATIENCE), "no answers: {}", load.so_far());
+    load
 }
 
 /// One flag a line: ` --` begins the next.
