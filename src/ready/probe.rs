@@ -195,6 +195,7 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
         nice: None,
         oom_score_adj: None,
         listen_pid: false,
+        trap: false,
     };
     let spawned = spawn(launch, &context.reaper).await.map_err(io::Error::other)?;
     let _all_of_it = EndedWithTheAttempt(Group::new(spawned.member, &marker));

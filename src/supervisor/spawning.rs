@@ -160,6 +160,7 @@ impl Driver {
             limits: self.nofile.into_iter().chain(self.config.limits.iter().copied()).collect(),
             nice: self.config.nice,
             oom_score_adj: self.config.oom_score_adj,
+            trap: false,
         })
     }
 

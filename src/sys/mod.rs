@@ -7,6 +7,8 @@ pub mod exec;
 pub mod pidfd;
 pub mod readiness;
 pub mod scm;
+#[cfg(feature = "cli")]
+pub mod seccomp;
 pub mod socket;
 #[cfg(feature = "cli")]
 pub mod steer;

@@ -7,3 +7,4 @@ mod failures;
 mod groups;
 mod inheritance;
 mod output;
+mod trapped;
