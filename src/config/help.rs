@@ -31,6 +31,8 @@ What shows that a generation can serve
   auto              READY=1, or ready on the handoff socket; one
                     that says nothing is ready after a second
   notify            READY=1 (sd_notify), or the handoff socket, alone
+  listen            it listens wherever the generation before does
+                    (auto does so too with --handoff adopt)
   tcp:[HOST:]PORT   it takes connections there
   http://HOST:PORT[/PATH]   it answers 2xx or 3xx there
   exec:COMMAND      the shell command succeeds

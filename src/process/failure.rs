@@ -155,6 +155,12 @@ pub enum SpawnError {
 }
 
 impl SpawnError {
+    /// Whether it is about bind(2) and listen(2), which cannot be caught here.
+    #[must_use]
+    pub fn is_trap(&self) -> bool {
+        matches!(self, SpawnError::Trap { .. } | SpawnError::TrapUnknown)
+    }
+
     pub(super) fn trap(errno: Errno) -> SpawnError {
         let remedy = match errno {
             Errno::EBUSY => {

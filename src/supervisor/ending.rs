@@ -11,6 +11,7 @@ use super::driver::{Driver, Input};
 use super::running::{Main, Running};
 use super::signals;
 use super::spawning::LOOK_AGAIN;
+use crate::config::{Drain, Handoff};
 use crate::control::types as control;
 use crate::core::stopping::Life;
 use crate::core::{End, Event, GenerationId, Phase};
@@ -29,9 +30,19 @@ impl Driver {
                 self.watch_main(id, spawned.member, spawned.pidfd, Some(spawned.end));
                 self.happened(Event::Spawned(id));
                 self.reports.spawned(id, Instant::now());
+                if let Some(trap) = spawned.trap {
+                    self.watch_calls(id, trap);
+                }
                 self.listen_to(id);
                 self.await_ready(id);
                 self.record();
+            }
+            Err(error) if error.is_trap() && self.config.handoff == Handoff::Auto && !self.cannot_trap => {
+                tracing::warn!("a program that binds for itself cannot be upgraded without a gap here: {error}");
+                self.cannot_trap = true;
+                let source = running.source;
+                self.running.remove(&id);
+                self.spawn(id, source);
             }
             Err(error) => {
                 running.spawn_error = Some(error.to_string());
@@ -134,7 +145,12 @@ impl Driver {
 
     pub(super) fn drain(&mut self, id: GenerationId) {
         self.leaves(id);
-        if self.tell_to_drain(id) {
+        if self.observes_drains() {
+            tracing::info!(generation = %id, "drains: {} once its last connection is gone", self.config.stop_signal);
+            if let Some(running) = self.running.get_mut(&id) {
+                running.quiet_looks = Some(0);
+            }
+        } else if self.tell_to_drain(id) {
             tracing::info!(generation = %id, "drains");
         } else {
             tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
@@ -142,6 +158,25 @@ impl Driver {
         }
         self.record();
         self.news_of(id);
+    }
+
+    /// Whether a generation gets nothing new once it is switched away from, and is left alone until what it has is gone.
+    fn observes_drains(&self) -> bool {
+        let steered = self.adopts() && !self.cannot_trap && self.machine.serving().is_some();
+        match self.config.drain {
+            Drain::Auto | Drain::Observe => steered,
+            Drain::Signal => false,
+        }
+    }
+
+    /// Connections of a generation were counted. Twice none, and none that waits: it has drained.
+    pub(super) fn observed(&mut self, id: GenerationId, count: u64) {
+        let waiting = self.has_waiting(id);
+        let Some(looks) = self.running.get_mut(&id).and_then(|running| running.quiet_looks.as_mut()) else { return };
+        *looks = if count == 0 && !waiting { *looks + 1 } else { 0 };
+        if *looks == 2 {
+            self.happened(Event::Drained(id));
+        }
     }
 
     /// By the handoff socket; false where nobody reads it. Nothing is said twice.
@@ -226,6 +261,7 @@ impl Driver {
             self.retired.push_front(retired);
             self.retired.truncate(5);
         }
+        self.leave_sockets(id);
         self.pass_on_kept();
         if self.is_being_stopped() {
             self.nobody_follows();

@@ -17,7 +17,7 @@ impl Driver {
         let inbox = self.inbox.clone();
         let task = match &self.config.ready {
             // It says so itself.
-            Ready::Notify => return,
+            Ready::Notify | Ready::Listen => return,
             Ready::Auto if self.speaks => return,
             Ready::Auto => tokio::spawn(async move {
                 tokio::time::sleep(SETTLES_AFTER).await;
@@ -64,7 +64,7 @@ impl Driver {
                 self.speaks = true;
                 self.happened(Event::Ready(id));
             }
-            Ready::Delay(_) | Ready::Probe(_) => {}
+            Ready::Delay(_) | Ready::Probe(_) | Ready::Listen => {}
         }
     }
 
@@ -73,7 +73,9 @@ impl Driver {
         let Some(running) = self.running.get(&id) else { return };
         let has_spoken = running.said.anything
             || running.channel.as_ref().is_some_and(super::super::handoff::channel::Channel::has_spoken);
-        if running.ready || self.speaks || has_spoken {
+        // One that makes its own sockets shows by them that it is there.
+        let listens = running.listens > 0 || !self.expected().is_empty();
+        if running.ready || self.speaks || has_spoken || listens {
             return;
         }
         tracing::warn!(

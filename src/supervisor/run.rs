@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 use nix::sys::signal::Signal;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::adopting::Adopted;
 use super::counting::Counting;
 use super::driver::{Driver, Input};
 use super::instance::{Lock, LockError, PidFile};
@@ -202,6 +203,8 @@ impl Driver {
             state_file,
             upward: Upward::default(),
             counting: Counting::default(),
+            adopted: Adopted::default(),
+            cannot_trap: false,
             sweep_due: None,
             speaks: false,
             told: None,

@@ -80,6 +80,7 @@ impl Driver {
     pub(super) fn spawn(&mut self, id: GenerationId, source: Source) {
         let mut running = Running {
             id,
+            source,
             program: None,
             marker: format!("{:032x}", fastrand::u128(..)),
             uid: geteuid(),
@@ -87,6 +88,9 @@ impl Driver {
             main: None,
             group: None,
             notify: None,
+            notifier: None,
+            listens: 0,
+            quiet_looks: None,
             channel: None,
             capture: None,
             told_to_drain: None,
@@ -160,7 +164,7 @@ impl Driver {
             limits: self.nofile.into_iter().chain(self.config.limits.iter().copied()).collect(),
             nice: self.config.nice,
             oom_score_adj: self.config.oom_score_adj,
-            trap: false,
+            trap: self.adopts() && !self.cannot_trap,
         })
     }
 
@@ -185,7 +189,7 @@ impl Driver {
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.
     fn hand_off(&mut self, id: GenerationId) -> Result<Handed, LaunchError> {
-        let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds);
+        let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds | Handoff::Adopt);
         let by_socket = matches!(self.config.handoff, Handoff::Auto | Handoff::Socket);
         let mut handed = Handed { fds: Vec::new(), listeners: Vec::new(), names: Vec::new(), channel: None };
         let stored = self.store.for_next();

@@ -32,6 +32,11 @@ impl Driver {
                 .listeners
                 .iter()
                 .map(|listener| Listener { name: listener.name().to_owned(), address: listener.address() })
+                .chain(
+                    self.adopted
+                        .keys()
+                        .map(|key| Listener { name: "adopted".to_owned(), address: format!("tcp://{}", key.local()) }),
+                )
                 .collect(),
             upgrades: self.reports.list(now),
             pending: self.machine.pending().map(|pending| self.why_waiting(pending.kind)),
@@ -149,6 +154,7 @@ impl Driver {
             if let Some(running) = self.running.get_mut(id) {
                 running.connections = Some(count);
             }
+            self.observed(*id, count);
         }
         self.reports.connections(counts);
         self.count_over();

@@ -16,6 +16,7 @@ impl Driver {
         if let (true, Some(from)) = (switched_back, from) {
             self.restore_flags(from);
         }
+        self.steer_to(to, from);
         self.store.commit(to);
         // It has called listen(2) by now, if it does so with a backlog of its own.
         self.repair_listeners();

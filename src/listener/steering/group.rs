@@ -223,6 +223,15 @@ impl Group {
         Ok(self.index(socket).is_none())
     }
 
+    /// A socket of one that is gone is another generation's from now on, with what waits in its queue.
+    pub fn hand_over(&mut self, socket: &OwnedFd, to: GenerationId) -> Result<(), SteerError> {
+        let Some(index) = self.index(socket) else { return Ok(()) };
+        let member = &mut self.members[usize::from(index)];
+        member.owner = to;
+        member.leaving = false;
+        self.attach()
+    }
+
     /// Finds out whether the service itself took sockets out, with shutdown(2). Gives whose they were.
     pub fn survey(&mut self) -> Result<Vec<GenerationId>, SteerError> {
         if self.key.protocol() == Protocol::Udp {
