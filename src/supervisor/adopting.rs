@@ -29,7 +29,7 @@ use crate::sys::seccomp::{Call, Notification, Notifier};
 /// A generation listens once it has made no further socket for so long.
 const QUIET: Duration = Duration::from_millis(250);
 /// One that does not listen where the one before does is waited for so long; then that address is given up.
-const GIVEN_UP: Duration = Duration::from_secs(5);
+pub(super) const GIVEN_UP: Duration = Duration::from_secs(5);
 /// How often the queue of a socket that has been left is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 

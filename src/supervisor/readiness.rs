@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::adopting::GIVEN_UP;
 use super::driver::{Driver, Input};
 use crate::config::Ready;
 use crate::core::{Event, GenerationId};
@@ -15,12 +16,13 @@ impl Driver {
     /// A candidate runs: waits for what shows that it is ready.
     pub(super) fn await_ready(&mut self, id: GenerationId) {
         let inbox = self.inbox.clone();
+        let settles_after = self.settles_after();
         let task = match &self.config.ready {
             // It says so itself.
             Ready::Notify | Ready::Listen => return,
             Ready::Auto if self.speaks => return,
             Ready::Auto => tokio::spawn(async move {
-                tokio::time::sleep(SETTLES_AFTER).await;
+                tokio::time::sleep(settles_after).await;
                 let _loop_is_gone = inbox.send(Input::Settled(id));
             }),
             Ready::Delay(delay) => {
@@ -57,6 +59,15 @@ impl Driver {
         }
     }
 
+    /// One that may still bind for itself is given more time for it.
+    fn settles_after(&self) -> Duration {
+        if self.adopts() && !self.cannot_trap {
+            GIVEN_UP
+        } else {
+            SETTLES_AFTER
+        }
+    }
+
     /// It said that it is ready: by a notify or a handoff message.
     pub(super) fn says_ready(&mut self, id: GenerationId) {
         match self.config.ready {
@@ -80,7 +91,8 @@ impl Driver {
         }
         tracing::warn!(
             generation = %id,
-            "ran for {SETTLES_AFTER:?} and said nothing: taken as ready; a probe (--ready http://…, exec:…) or READY=1 knows better"
+            "ran for {:?} and said nothing: taken as ready; a probe (--ready http://…, exec:…) or READY=1 knows better",
+            self.settles_after()
         );
         self.happened(Event::Ready(id));
     }
