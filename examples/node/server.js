@@ -1,6 +1,6 @@
 // An HTTP server in Node that loses nothing when zddsup upgrades it.
 //
-//     zddsup run --listen 8080 -- node examples/node/server.js
+//     zddsup run --listen 8080 --ready notify -- node examples/node/server.js
 //
 // It takes its listener by LISTEN_FDS. When it drains it stops accepting, answers what it has with `Connection: close`,
 // and exits with its last connection. Node has no Unix datagrams, so it cannot say READY=1; but it says hello and ready on

@@ -10,6 +10,7 @@ use crate::listener::inherit::Inherited;
 use crate::process::output::Output;
 use crate::supervisor::run::{self, Ended, StartError};
 use crate::supervisor::{describe, signals};
+use crate::sys::memory;
 
 /// How long a slow stderr is waited for at the end.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -17,7 +18,8 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// Runs it. The exit code says how it ended (docs/exit-codes.md).
 pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
     let config = flags.validate().map_err(|error| Failure::with(Exit::Usage, &error))?;
-    // Both before the first thread is made: the log has one.
+    // All before the first thread is made: the log has one.
+    memory::keep_little();
     signals::block().map_err(|errno| Failure::System { step: "block signals", source: errno.into() })?;
     let inherited = Inherited::take().map_err(|error| Failure::with(Exit::Usage, &error))?;
     let output = Output::stderr().map_err(|source| Failure::System { step: "write to stderr", source })?;

@@ -110,8 +110,8 @@ struct State {
     closed: bool,
 }
 
+#[derive(Default)]
 struct Reader {
-    buffer: Vec<u8>,
     keeps: usize,
     kept_bytes: usize,
 }
@@ -159,7 +159,7 @@ impl Channel {
             socket: Awaited::new(ours, Interest::READABLE | Interest::WRITABLE)?,
             incoming: Box::new(incoming),
             state: Mutex::new(State { queue, ..State::default() }),
-            reader: Mutex::new(Reader { buffer: vec![0; MAX_PACKET + 1], keeps: 0, kept_bytes: 0 }),
+            reader: Mutex::default(),
             queued: Notify::new(),
         });
         // At once as far as the socket takes it: it lies there before the generation's first instruction.
@@ -251,7 +251,9 @@ impl Shared {
         if self.state().closed {
             return false;
         }
-        let received = match scm::receive(self.socket.as_fd(), &mut reader.buffer) {
+        // Not kept: most generations say little or nothing.
+        let mut buffer = vec![0; MAX_PACKET + 1];
+        let received = match scm::receive(self.socket.as_fd(), &mut buffer) {
             Ok(Some(received)) => received,
             Ok(None) => return false,
             Err(error) => {
@@ -264,7 +266,7 @@ impl Shared {
             self.close(Incoming::Closed);
             return false;
         }
-        match reader.understand(&received).and_then(|message| self.in_turn(message)) {
+        match reader.understand(&received, &buffer).and_then(|message| self.in_turn(message)) {
             Ok(message) => (self.incoming)(Incoming::Message { message, fds: received.fds }),
             Err(error) => {
                 self.close(Incoming::Malformed(error));
@@ -300,14 +302,14 @@ impl Shared {
 }
 
 impl Reader {
-    fn understand(&mut self, received: &scm::Received) -> Result<FromGeneration, ChannelError> {
+    fn understand(&mut self, received: &scm::Received, buffer: &[u8]) -> Result<FromGeneration, ChannelError> {
         if received.len > MAX_PACKET {
             return Err(HandoffError::TooLong.into());
         }
         if received.truncated {
             return Err(ChannelError::LostFds);
         }
-        let message = FromGeneration::decode(&self.buffer[..received.len], received.fds.len())?;
+        let message = FromGeneration::decode(&buffer[..received.len], received.fds.len())?;
         if let FromGeneration::Keep { name, state } = &message {
             self.keeps += 1;
             self.kept_bytes += name.len() + state.len();

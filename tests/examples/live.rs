@@ -240,6 +240,8 @@ fn a_stop_waits_no_longer_than_the_drain_time() {
     supervisor.signal(Signal::SIGTERM);
     client.expect_end();
     assert!(supervisor.wait().success(), "{}", supervisor.log());
+    // By itself, before it would have been stopped.
+    assert!(supervisor.log().contains("exited with status 0"), "{}", supervisor.log());
 }
 
 /// Generations become ready when a file is there, so that what happens before can be arranged.

@@ -36,3 +36,19 @@ fn program(names: &[&str], version: &str) -> Option<PathBuf> {
     }
     found
 }
+
+/// The files below a directory.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn the_readme_has_each_of_them() {
+    let directory = source("");
+    let readme = std::fs::read_to_string(source("README.md")).unwrap();
+    for path in files(Path::new(&directory)) {
+        let name = path.strip_prefix(&directory).unwrap().display().to_string();
+        assert!(name == "README.md" || readme.contains(&format!("]({name})")), "{name} is not in examples/README.md");
+    }
+}
