@@ -19,6 +19,7 @@ followed by ?OPTION[=VALUE]&… with
   backlog=N                 connections that may wait (4096)
   reuseport, freebind, transparent, device=NAME, v6only[=no],
   mark=N, priority=N, tos=N, rcvbuf=BYTES, sndbuf=BYTES
+  nonblock                  O_NONBLOCK: nginx needs it
   nodelay, keepalive, fastopen=N, defer-accept=SECONDS    (TCP)
   mode=0660, user=NAME, group=NAME    (a Unix socket's file)
 

@@ -35,7 +35,7 @@ fn by_fd() {
     publish("1");
     let change = |word: &str| if word == "caddy" { caddy.to_owned() } else { word.to_owned() };
     let supervisor = site.start(BY_FD, change);
-    let outcome = site.upgrade_under_load(&supervisor, publish);
+    let outcome = site.upgrade_under_load(supervisor, publish);
     lost_unread_ones_at_most(&outcome.per_request);
     was_kept(&outcome.keep_alive);
     lost_unread_ones_at_most(&outcome.keep_alive);
@@ -52,7 +52,7 @@ fn with_its_own_socket() {
     let publish = |version: &str| site.write("Caddyfile-own-socket", &configuration.replace("VERSION", version));
     publish("1");
     let supervisor = site.start(OWN_SOCKET, str::to_owned);
-    let outcome = site.upgrade_under_load(&supervisor, publish);
+    let outcome = site.upgrade_under_load(supervisor, publish);
     lost_unread_ones_at_most(&outcome.per_request);
     was_kept(&outcome.keep_alive);
     lost_unread_ones_at_most(&outcome.keep_alive);

@@ -20,7 +20,7 @@ fn site() -> Option<Site> {
 fn upgraded(command: &str, change: impl Fn(&str) -> String) -> Option<Outcome> {
     let site = site()?;
     let supervisor = site.start(command, change);
-    Some(site.upgrade_under_load(&supervisor, |version| site.write("version", version)))
+    Some(site.upgrade_under_load(supervisor, |version| site.write("version", version)))
 }
 
 /// This worker has no keep-alive at all.

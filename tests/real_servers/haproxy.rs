@@ -19,7 +19,7 @@ fn five_upgrades() {
     let publish = |version: &str| site.write("haproxy.cfg", &CONFIGURATION.replace("VERSION", version));
     publish("1");
     let supervisor = site.start(COMMAND, str::to_owned);
-    let outcome = site.upgrade_under_load(&supervisor, publish);
+    let outcome = site.upgrade_under_load(supervisor, publish);
     outcome.per_request.assert_clean();
     was_kept(&outcome.keep_alive);
     outcome.keep_alive.assert_clean();
@@ -36,7 +36,7 @@ fn with_its_default_for_idle_connections() {
     let publish = |version: &str| site.write("haproxy.cfg", &configuration.replace("VERSION", version));
     publish("1");
     let supervisor = site.start(COMMAND, str::to_owned);
-    let outcome = site.upgrade_under_load(&supervisor, publish);
+    let outcome = site.upgrade_under_load(supervisor, publish);
     outcome.per_request.assert_clean();
     was_kept(&outcome.keep_alive);
     lost_idle_ones_at_most(&outcome.keep_alive);

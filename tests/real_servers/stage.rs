@@ -73,7 +73,7 @@ impl Site {
     }
 
     /// Five upgrades, version 1 to 6, with both kinds of load from before the first until after the last.
-    pub fn upgrade_under_load(&self, supervisor: &Supervisor, publish: impl Fn(&str)) -> Outcome {
+    pub fn upgrade_under_load(&self, supervisor: Supervisor, publish: impl Fn(&str)) -> Outcome {
         let config = Config {
             workers: usize::try_from(WORKERS).unwrap(),
             limit: PATIENCE * 3,
@@ -98,7 +98,7 @@ impl Site {
             assert_eq!(summary.order(), ["1", "2", "3", "4", "5", "6"], "{summary}");
         }
         println!("a connection per request: {per_request}\nkeep-alive: {keep_alive}");
-        Outcome { per_request, keep_alive }
+        Outcome { per_request, keep_alive, _supervisor: supervisor }
     }
 }
 
@@ -106,6 +106,8 @@ impl Site {
 pub struct Outcome {
     pub per_request: Summary,
     pub keep_alive: Summary,
+    /// Shows its log when what follows fails.
+    _supervisor: Supervisor,
 }
 
 /// Connections were used again: otherwise a keep-alive load shows nothing.

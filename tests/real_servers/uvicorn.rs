@@ -18,7 +18,7 @@ fn upgraded(change: impl Fn(&str) -> String) -> Option<Outcome> {
     site.write("asgi.py", include_str!("files/asgi.py"));
     site.write("version", "1");
     let supervisor = site.start(COMMAND, change);
-    Some(site.upgrade_under_load(&supervisor, |version| site.write("version", version)))
+    Some(site.upgrade_under_load(supervisor, |version| site.write("version", version)))
 }
 
 #[test]
