@@ -113,7 +113,7 @@ impl Driver {
         let leader = group.leader().pid;
         pid == leader
             || getpgid(Some(Pid::from_raw(pid))).is_ok_and(|pgid| pgid.as_raw() == leader)
-            || group.pids().is_ok_and(|pids| pids.contains(&pid))
+            || group.contains(Pid::from_raw(pid)).unwrap_or(false)
     }
 
     /// MAINPID=: from now on that process' end is the generation's.
