@@ -21,6 +21,10 @@ use crate::process::spawn::{SpawnError, Spawned};
 use crate::proto::handoff::ToGeneration;
 use crate::sys::pidfd::PidFd;
 
+/// How many messages are taken when a generation has ended: more than its queue holds (net.unix.max_dgram_qlen is 10, or
+/// 512 under systemd). Whoever floods it does not keep the end from being acted on.
+const LAST_WORDS: usize = 1024;
+
 impl Driver {
     pub(super) fn spawned(&mut self, id: GenerationId, result: Result<Spawned, SpawnError>) {
         let Some(running) = self.running.get_mut(&id) else { return };
@@ -84,7 +88,8 @@ impl Driver {
             channel.catch_up();
         }
         if let Some(notify) = running.notify.clone() {
-            while let Ok(Some(datagram)) = notify.try_recv() {
+            for _ in 0..LAST_WORDS {
+                let Ok(Some(datagram)) = notify.try_recv() else { break };
                 self.notified(id, datagram);
             }
         }

@@ -116,7 +116,7 @@ impl Driver {
         let leader = group.leader().pid;
         pid == leader
             || getpgid(Some(Pid::from_raw(pid))).is_ok_and(|pgid| pgid.as_raw() == leader)
-            || group.pids().is_ok_and(|pids| pids.contains(&pid))
+            || group.contains(Pid::from_raw(pid)).unwrap_or(false)
     }
 
     /// Whether a process that has ended may have been one of the generation's: `systemd-notify --ready` and its like are gone

@@ -181,6 +181,16 @@ impl Supervisor {
         self.try_status().unwrap_or_else(|| panic!("no status\n{}", self.log()))
     }
 
+    /// How long it takes to say what its status is.
+    #[track_caller]
+    pub fn answers_within(&self, limit: Duration) -> Duration {
+        let begin = Instant::now();
+        let _any = self.status();
+        let took = begin.elapsed();
+        assert!(took < limit, "its status took {took:?}\n{}", self.log());
+        took
+    }
+
     /// The generation that serves.
     #[must_use]
     pub fn serving(&self) -> Generation {

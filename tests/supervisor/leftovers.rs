@@ -1,127 +1,159 @@
-//! Promise 6: nothing is left behind.
+//! Promise 6: nothing is left behind by a generation, by a thousand of them, or by zddsup.
 
-use std::time::Instant;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use procfs::process::Process;
 
 use crate::common::{processes_with, request, wait_for};
-use crate::stage::{clean, Stage};
+use crate::stage::Stage;
+use crate::watched::{fds_of, lives, rss_of, zombies_of};
 
-fn runtime_dir(stage: &Stage) -> String {
-    format!("XDG_RUNTIME_DIR={}", stage.dir.path().display())
-}
+/// How many upgrades are made, unless that takes too long.
+const MANY: u32 = 1000;
+const LONG: Duration = Duration::from_secs(60);
+/// Fewer than that would show no leak.
+const FEW: u32 = 100;
 
-fn is_alive(pid: i32) -> bool {
-    Process::new(pid).and_then(|process| process.stat()).is_ok_and(|stat| stat.state != 'Z')
-}
-
-fn open_fds(pid: i32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
-}
-
-fn zombies_of(pid: i32) -> usize {
-    let all = procfs::process::all_processes().unwrap().flatten();
-    all.filter(|process| process.stat().is_ok_and(|stat| stat.ppid == pid && stat.state == 'Z')).count()
-}
-
+/// The process that a puppet left in a session of its own.
 fn grandchild(stage: &Stage) -> i32 {
-    let pid = request(stage.address(), "/grandchild").trim().parse().unwrap();
-    assert!(is_alive(pid));
+    let pid = request(stage.address(), "/grandchild").parse().expect("the puppet has a grandchild");
+    let session = procfs::process::Process::new(pid).unwrap().stat().unwrap().session;
+    assert_ne!(session, stage.serving().pid.unwrap(), "it did not get away in the first place");
     pid
 }
 
-#[test]
-fn a_grandchild_in_a_session_of_its_own_goes_with_its_generation() {
-    for kind in ["--spawn-grandchild", "--spawn-stubborn-grandchild"] {
-        let flags = ["--stop-timeout", "300ms", "--drain-timeout", "500ms"];
-        let mut stage = Stage::start(&flags, &format!("--version 1 {kind}"));
-        let first = grandchild(&stage);
-        stage.next(&format!("--version 2 {kind}"));
-        stage.upgrade();
-        stage.wait_settled();
-        assert!(!is_alive(first), "{kind}");
-        let second = grandchild(&stage);
-        stage.signal(Signal::SIGTERM);
-        assert!(stage.supervisor.wait().success());
-        assert!(!is_alive(second), "{kind}");
-        assert_eq!(processes_with(&runtime_dir(&stage)), [0; 0], "{kind}");
-    }
+/// The test's processes: zddsup, and whatever it or a generation of it started. Each look may miss one that forks and
+/// exits.
+fn of(stage: &Stage) -> BTreeSet<i32> {
+    let marker = format!("XDG_RUNTIME_DIR={}\0", stage.dir.path().display());
+    (0..5).flat_map(|_| processes_with(&marker)).collect()
 }
 
-#[test]
-fn workers_of_a_main_process_that_was_killed_are_swept() {
-    let stage = Stage::start(&["--stop-timeout", "300ms"], "--version 1 --spawn-stubborn-grandchild");
-    let orphan = grandchild(&stage);
-    let before = stage.serving();
-    kill(Pid::from_raw(before.pid.unwrap()), Signal::SIGKILL).unwrap();
-    stage.wait_until("another one serves", |status| status.serving.is_some_and(|serving| serving > before.number));
-    wait_for("the orphan is gone", || !is_alive(orphan));
+/// Nothing is left but zddsup and one process that serves.
+fn one_is_left(stage: &Stage) {
     stage.wait_settled();
+    let left = of(stage);
+    assert_eq!(left.len(), 2, "{left:?}\n{}", stage.log());
 }
 
 #[test]
-fn a_drain_that_overruns_its_time_is_ended_as_a_group() {
-    let flags = ["--drain-timeout", "300ms", "--stop-timeout", "300ms"];
-    let stage = Stage::start(&flags, "--version 1 --ignore-term --spawn-stubborn-grandchild");
-    let (old, grandchild) = (stage.serving().pid.unwrap(), grandchild(&stage));
-    stage.next("--version 2");
-    let begin = Instant::now();
-    let output = stage.cli(&["upgrade", "--wait"]);
-    assert!(output.status.success(), "{output:?}");
-    assert!(begin.elapsed().as_millis() >= 600, "it had no time to drain");
-    assert!(!is_alive(old) && !is_alive(grandchild));
-    assert!(stage.log().contains("SIGKILL to all of its processes"), "{}", stage.log());
-}
-
-#[test]
-fn after_many_upgrades_there_are_as_many_fds_and_no_zombie() {
-    let stage = Stage::start(&["--max-draining", "5"], "--version 1");
-    // The first ones make what is made once: threads, pools.
-    for _ in 0..5 {
-        stage.upgrade();
-    }
-    stage.wait_settled();
-    let fds = open_fds(stage.pid());
-    for _ in 0..200 {
-        stage.upgrade();
-    }
-    stage.wait_settled();
-    // Connections of the control socket that were just closed are let go a moment later.
-    wait_for("its fds are as many as before", || open_fds(stage.pid()) <= fds);
-    assert_eq!(zombies_of(stage.pid()), 0);
-    assert_eq!(processes_with(&runtime_dir(&stage)).len(), 2, "the supervisor and the generation that serves");
-    assert_eq!(stage.status().serving.unwrap().0, 206);
-}
-
-#[test]
-fn one_that_ignores_everything_is_killed_and_nobody_notices() {
-    let flags = ["--drain-timeout", "300ms", "--stop-timeout", "200ms"];
-    let stage = Stage::start(&flags, "--version 1 --ignore-term");
-    let load = stage.load();
+fn a_daemon_of_a_generation_goes_with_it() {
+    let stage = Stage::start(&[], "--version 1 --spawn-grandchild");
+    let left = grandchild(&stage);
     stage.next("--version 2");
     stage.upgrade();
-    // Both accept from the shared queue until the old one is killed: what it had then is lost, and only that.
-    stage.wait_settled();
-    let before = load.so_far();
-    assert!(load.more(50, crate::common::PATIENCE));
-    let summary = load.stop();
-    assert!(summary.failed() <= before.failed(), "{summary}");
-    assert!(!summary.failures.contains_key(&crate::common::load::Failure::Refused), "{summary}");
+    one_is_left(&stage);
+    assert!(!lives(left));
 }
 
 #[test]
-fn a_drain_has_its_numbers() {
-    let stage = Stage::start(&[], "--version 1 --drain-ms 800");
-    let loads = [stage.load(), stage.keep_alive_load()];
+fn one_that_ignores_term_is_killed_after_the_stop_timeout() {
+    let flags = ["--drain-timeout", "100ms", "--stop-timeout", "700ms"];
+    let stage = Stage::start(&flags, "--version 1 --spawn-stubborn-grandchild");
+    let left = grandchild(&stage);
     stage.next("--version 2");
-    let output = stage.cli(&["upgrade", "--wait"]);
-    assert!(output.status.success(), "{output:?}");
-    let report = stage.status().upgrades[0].clone();
-    assert!(report.retired);
-    let phases: Vec<_> = report.phases.iter().map(|time| time.phase.to_string()).collect();
-    assert!(phases.iter().any(|phase| phase == "draining"), "{phases:?}");
-    assert_eq!(report.connections_left, Some(0));
-    clean(loads);
+    stage.upgrade();
+    let begin = Instant::now();
+    wait_for("it is killed", || !lives(left));
+    assert!(begin.elapsed() > Duration::from_millis(300), "it had no time: {:?}", begin.elapsed());
+    assert!(stage.log().contains("SIGKILL to all"), "{}", stage.log());
+    one_is_left(&stage);
+}
+
+#[test]
+fn a_drain_that_overruns_ends_with_the_whole_group() {
+    let flags = ["--drain-timeout", "300ms", "--stop-timeout", "300ms"];
+    let stage = Stage::start(&flags, "--version 1 --ignore-term --spawn-stubborn-grandchild");
+    let (main, left) = (stage.serving().pid.unwrap(), grandchild(&stage));
+    stage.next("--version 2");
+    stage.upgrade();
+    wait_for("both are killed", || !lives(main) && !lives(left));
+    one_is_left(&stage);
+    let retired = stage.status().generations.into_iter().find(|generation| generation.number.0 == 1).unwrap();
+    assert!(retired.end.unwrap().contains("SIGKILL"));
+}
+
+#[test]
+fn the_daemons_of_a_version_that_failed_go_too() {
+    let stage = Stage::start(&["--stop-timeout", "300ms", "--start-timeout", "700ms"], "--version 1");
+    for flags in ["--exit-after-ms 100:3 --ready none", "--ready none"] {
+        stage.next(&format!("--version 2 --spawn-stubborn-grandchild {flags}"));
+        assert_eq!(stage.cli(&["upgrade"]).status.code(), Some(3));
+        one_is_left(&stage);
+    }
+}
+
+#[test]
+fn what_a_killed_main_process_leaves_is_swept() {
+    let stage = Stage::start(&["--stop-timeout", "300ms"], "--version 1 --spawn-stubborn-grandchild");
+    let (main, left) = (stage.serving().pid.unwrap(), grandchild(&stage));
+    stage.next("--version 2");
+    kill(Pid::from_raw(main), Signal::SIGKILL).unwrap();
+    stage.wait_until("another one serves", |status| status.serving.is_some_and(|serving| serving.0 == 2));
+    wait_for("its grandchild is killed", || !lives(left));
+    one_is_left(&stage);
+}
+
+/// Their pids are others at each look: what is forked after the look is found by the next one.
+#[test]
+fn processes_that_fork_and_exit_all_the_time_are_ended() {
+    let stage = Stage::start(&["--stop-timeout", "300ms"], "--version 1 --fork-chains 4");
+    wait_for("the chains run", || of(&stage).len() >= 6);
+    stage.next("--version 2");
+    stage.upgrade();
+    one_is_left(&stage);
+}
+
+#[test]
+fn with_zddsup_everything_ends() {
+    let flags = ["--drain-timeout", "60s", "--stop-timeout", "300ms"];
+    let mut stage = Stage::start(&flags, "--version 1 --drain-ms 60000 --spawn-stubborn-grandchild");
+    stage.next("--version 2 --drain-ms 60000 --spawn-grandchild --fork-chains 2");
+    stage.upgrade();
+    stage.next("--version 3 --ready none --spawn-grandchild");
+    stage.signal(Signal::SIGHUP);
+    stage.wait_until("three run", |status| status.generations.iter().filter(|one| one.pid.is_some()).count() == 3);
+    stage.signal(Signal::SIGQUIT);
+    assert!(stage.supervisor.wait().success(), "{}", stage.log());
+    assert_eq!(of(&stage), BTreeSet::new(), "{}", stage.log());
+    assert!(!stage.control().exists());
+}
+
+#[test]
+fn many_upgrades_leave_no_fd_no_zombie_and_no_memory() {
+    let stage = Stage::start(&[], "--version 1 --spawn-grandchild");
+    // The program before is held from the second upgrade on.
+    for _ in 0..2 {
+        stage.upgrade();
+    }
+    stage.wait_settled();
+    let (before, memory) = (fds_of(stage.pid()), rss_of(stage.pid()));
+    let begin = Instant::now();
+    let mut made = 0;
+    while made < MANY && (begin.elapsed() < LONG || made < FEW) {
+        stage.upgrade();
+        made += 1;
+    }
+    println!("{made} upgrades in {:.1?}", begin.elapsed());
+    stage.wait_settled();
+    // zddsup, the last generation and its grandchild.
+    assert_eq!(of(&stage).len(), 3, "{}", stage.log());
+    wait_for("the last one is reaped", || zombies_of(stage.pid()).is_empty());
+    let mut after = fds_of(stage.pid());
+    // What a last look at the processes had open is closed after it.
+    wait_for("its fds are those that it had", || {
+        after = fds_of(stage.pid());
+        after == before
+    });
+    println!("{} KiB before, {} KiB after", memory, rss_of(stage.pid()));
+    assert!(rss_of(stage.pid()) < memory + 16 * 1024);
+
+    let inherited = request(stage.address(), "/inherited");
+    let fds: Vec<_> = inherited.lines().filter_map(|line| line.strip_prefix("fd ")).collect();
+    let numbers: Vec<_> = fds.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    // 3 is the listener, 4 the handoff socket; 5 is how it looked.
+    assert_eq!(numbers, ["0", "1", "2", "3", "4"], "{fds:?}");
+    assert!(fds[3..].iter().all(|line| line.contains("socket:")), "{fds:?}");
 }

@@ -8,9 +8,9 @@
 //! | `fresh` | what is resolved anew for each generation |
 //! | `rollback`, `restart` | back to the version before; a service that ends by itself |
 //! | `signals` | signals in every phase, PID 1, a terminal |
-//! | `leftovers` | no process, zombie, fd is left behind |
-//! | `hostile` | bad input on every socket |
-//! | `overload` | full queues, busy processors, everybody at once |
+//! | `leftovers` | what generations and zddsup leave behind: nothing |
+//! | `hostile_control`, `hostile_service` | input that is meant to do harm |
+//! | `overload` | more than the service or the machine can take |
 //! | `handoff` | what a generation is handed, and what it may do to it |
 //! | `inherit` | what it inherits, and nothing else |
 //! | `readiness` | what shows that it can serve, and what does not |
@@ -23,11 +23,13 @@
 mod common;
 mod seen;
 mod stage;
+mod watched;
 
 mod failures;
 mod fresh;
 mod handoff;
-mod hostile;
+mod hostile_control;
+mod hostile_service;
 mod inherit;
 mod leftovers;
 mod listeners;
