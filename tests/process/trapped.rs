@@ -5,16 +5,17 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid};
+use nix::sys::wait::{waitid, Id, WaitPidFlag};
+use nix::unistd::{Gid, Pid, Uid};
 use zddsup::core::End;
 use zddsup::handoff::adopt::remote::{Address, Caller, LookError};
 use zddsup::process::identity::Identity;
 use zddsup::process::reaper::Reaper;
-use zddsup::process::spawn::{spawn, Launch, Spawned};
+use zddsup::process::spawn::{spawn, Launch, Spawned, Trap};
+use zddsup::sys::pidfd::PidFd;
 use zddsup::sys::seccomp::{Call, Filter, Notification, Notifier};
 
 use crate::children::{alone, end, failure, launch, program, read_all, shell};
@@ -29,15 +30,63 @@ fn puppet() -> PathBuf {
 /// A server that binds and listens by itself.
 fn server(address: SocketAddr) -> Launch {
     let args = ["--bind", &address.to_string(), "--ready", "none"];
-    Launch { trap: true, ..launch(&program(puppet()), &args) }
+    launch(&program(puppet()), &args)
 }
 
 fn any() -> SocketAddr {
     "127.0.0.1:0".parse().unwrap()
 }
 
-fn notifier(spawned: &Spawned) -> &Notifier {
-    &spawned.trap.as_ref().unwrap().notifier
+/// A child under the trap, which is gone with its test, failed or not.
+struct Trapped {
+    spawned: Spawned,
+    reaper: Reaper,
+    gone: GoneAtLast,
+}
+
+struct GoneAtLast(PidFd);
+
+impl Drop for GoneAtLast {
+    fn drop(&mut self) {
+        let _gone_already = self.0.signal(Signal::SIGKILL);
+        let _reaped_already = waitid(Id::PIDFd(self.0.as_fd()), WaitPidFlag::WEXITED);
+    }
+}
+
+impl Trapped {
+    async fn start(launch: Launch) -> Trapped {
+        let reaper = Reaper::new();
+        let spawned = spawn(Launch { trap: true, ..launch }, &reaper).await.unwrap();
+        let gone = GoneAtLast(spawned.pidfd.try_clone().unwrap());
+        Trapped { spawned, reaper, gone }
+    }
+
+    fn pid(&self) -> i32 {
+        self.spawned.member.pid
+    }
+
+    fn trap(&self) -> &Trap {
+        self.spawned.trap.as_ref().unwrap()
+    }
+
+    fn notifier(&self) -> &Notifier {
+        &self.trap().notifier
+    }
+
+    /// How it ended, and what is left to ask for its calls.
+    async fn end(mut self) -> (End, Notifier) {
+        let notifier = self.spawned.trap.take().unwrap().notifier;
+        let end = end(self.spawned, &self.reaper).await;
+        drop(self.gone);
+        (end, notifier)
+    }
+
+    async fn kill(self) -> Notifier {
+        self.spawned.pidfd.signal(Signal::SIGKILL).unwrap();
+        let (end, notifier) = self.end().await;
+        assert_eq!(end, End::Killed { signal: libc::SIGKILL, core: false });
+        notifier
+    }
 }
 
 /// Its next call, and the socket that it is about.
@@ -59,15 +108,22 @@ async fn let_listen(notifier: &Notifier) -> TcpListener {
     copy.into()
 }
 
-/// Asks the server for its name. Waits until it accepts.
 fn answer(address: SocketAddr) -> String {
-    // Between the answer and listen(2) itself nobody listens yet.
-    let mut stream = loop {
+    ask(connect(address))
+}
+
+/// Between the answer and listen(2) itself nobody listens yet.
+fn connect(address: SocketAddr) -> TcpStream {
+    loop {
         match TcpStream::connect(address) {
-            Ok(stream) => break stream,
+            Ok(stream) => return stream,
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionRefused),
         }
-    };
+    }
+}
+
+/// The server's name is in its answer.
+fn ask(mut stream: TcpStream) -> String {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
@@ -80,25 +136,19 @@ fn status(pid: i32, name: &str) -> String {
     line.unwrap().trim().to_owned()
 }
 
-async fn killed(spawned: Spawned, reaper: &Reaper) {
-    spawned.pidfd.signal(Signal::SIGKILL).unwrap();
-    assert_eq!(end(spawned, reaper).await, End::Killed { signal: libc::SIGKILL, core: false });
-}
-
 #[test]
 fn a_server_that_may_go_on_serves_with_its_own_socket() {
     alone(async {
-        let reaper = Reaper::new();
-        let spawned = spawn(server(any()), &reaper).await.unwrap();
-        let socket = let_listen(notifier(&spawned)).await;
-        let pid = spawned.member.pid;
+        let server = Trapped::start(server(any())).await;
+        let socket = let_listen(server.notifier()).await;
+        let pid = server.pid();
         assert!(answer(socket.local_addr().unwrap()).contains(&format!("pid={pid}")));
         assert_eq!((status(pid, "Seccomp"), status(pid, "Seccomp_filters")), ("2".to_owned(), "1".to_owned()));
-        // Its sockets, those that it was given, and its report's: none is left in it but its own.
+        // The connection may close meanwhile.
         let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-        let files = files.map(|file| fs::read_link(file.path()).unwrap().to_string_lossy().into_owned());
-        assert!(!files.into_iter().any(|file| file.contains("seccomp")), "it could answer itself");
-        killed(spawned, &reaper).await;
+        let files: Vec<_> = files.filter_map(|file| fs::read_link(file.path()).ok()).collect();
+        assert!(files.len() > 3 && !files.contains(&"anon_inode:seccomp notify".into()), "it could answer itself");
+        server.kill().await;
     });
 }
 
@@ -106,12 +156,10 @@ fn a_server_that_may_go_on_serves_with_its_own_socket() {
 fn a_server_is_told_that_its_address_is_taken() {
     alone(async {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
-        let reaper = Reaper::new();
-        let launch = Launch { stderr: Some(write), ..server(any()) };
-        let spawned = spawn(launch, &reaper).await.unwrap();
-        let (bind, _) = next(notifier(&spawned)).await;
-        assert!(notifier(&spawned).answer(bind.id, Err(Errno::EADDRINUSE)).unwrap());
-        assert_eq!(end(spawned, &reaper).await, End::Exited(67));
+        let server = Trapped::start(Launch { stderr: Some(write), ..server(any()) }).await;
+        let (bind, _) = next(server.notifier()).await;
+        assert!(server.notifier().answer(bind.id, Err(Errno::EADDRINUSE)).unwrap());
+        assert_eq!(server.end().await.0, End::Exited(67));
         assert!(read_all(read).contains("Address already in use"));
     });
 }
@@ -121,62 +169,77 @@ fn a_server_serves_with_a_socket_that_was_held_for_it() {
     alone(async {
         let held = TcpListener::bind(any()).unwrap();
         let address = held.local_addr().unwrap();
-        // It asks for another one, and would not get the port of this.
-        let reaper = Reaper::new();
-        let spawned = spawn(server(address), &reaper).await.unwrap();
+        // Its own bind(2) would say that the address is taken.
+        let server = Trapped::start(server(address)).await;
+        // Waits in the queue since before the server listens.
         let waiting = TcpStream::connect(address).unwrap();
-        let notifier = notifier(&spawned);
+        let notifier = server.notifier();
         let (bind, fd) = next(notifier).await;
         let caller = Caller::of(notifier, &bind).unwrap();
         let Call::Bind { address: at, length, .. } = bind.call else { panic!("{bind:?}") };
         assert_eq!(caller.address(at, length).unwrap(), Address::Inet(address));
-        let close_on_exec = caller.closes_on_exec(fd).unwrap();
-        assert!(close_on_exec);
-        assert!(notifier.put_in_place(bind.id, held.as_fd(), fd, close_on_exec).unwrap());
+        assert!(caller.closes_on_exec(fd).unwrap());
+        assert!(notifier.put_in_place(bind.id, held.as_fd(), fd, true).unwrap());
         assert!(notifier.answer(bind.id, Ok(())).unwrap());
         let (listen, _) = next(notifier).await;
         assert!(notifier.answer(listen.id, Ok(())).unwrap());
-        assert!(answer(address).contains(&format!("pid={}", spawned.member.pid)));
-        drop(waiting);
-        killed(spawned, &reaper).await;
+        drop(held);
+        for stream in [waiting, connect(address)] {
+            assert!(ask(stream).contains(&format!("pid={}", server.pid())));
+        }
+        server.kill().await;
     });
 }
 
 #[test]
 fn one_that_is_killed_while_it_waits_leaves_nothing_to_answer() {
     alone(async {
-        let reaper = Reaper::new();
-        let mut spawned = spawn(server(any()), &reaper).await.unwrap();
-        let trap = spawned.trap.take().unwrap();
-        let (bind, fd) = next(&trap.notifier).await;
-        let caller = Caller::of(&trap.notifier, &bind).unwrap();
-        killed(spawned, &reaper).await;
-        assert!(!trap.notifier.still_waits(bind.id));
-        assert!(matches!(caller.copy(fd), Err(LookError::Gone)));
+        let server = Trapped::start(server(any())).await;
+        let (bind, fd) = next(server.notifier()).await;
+        let notifier = server.kill().await;
+        assert!(!notifier.still_waits(bind.id));
+        assert!(matches!(Caller::of(&notifier, &bind), Err(LookError::Gone)));
         let held = TcpListener::bind(any()).unwrap();
-        assert!(!trap.notifier.put_in_place(bind.id, held.as_fd(), fd, true).unwrap());
-        assert!(!trap.notifier.go_on(bind.id).unwrap());
-        assert_eq!(trap.notifier.next().await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        assert!(!notifier.put_in_place(bind.id, held.as_fd(), fd, true).unwrap());
+        assert!(!notifier.go_on(bind.id).unwrap());
+        assert_eq!(notifier.next().await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    });
+}
+
+#[test]
+fn one_that_is_killed_in_the_middle_of_a_look_is_no_longer_looked_at() {
+    alone(async {
+        let server = Trapped::start(server(any())).await;
+        let (bind, fd) = next(server.notifier()).await;
+        let caller = Caller::of(server.notifier(), &bind).unwrap();
+        let Call::Bind { address, length, .. } = bind.call else { panic!("{bind:?}") };
+        server.spawned.pidfd.signal(Signal::SIGKILL).unwrap();
+        server.spawned.pidfd.exited().await.unwrap();
+        assert!(matches!(caller.copy(fd), Err(LookError::Gone)));
+        assert!(matches!(caller.closes_on_exec(fd), Err(LookError::Gone)));
+        assert!(matches!(caller.address(address, length), Err(LookError::Gone)));
+        server.end().await;
     });
 }
 
 #[test]
 fn what_it_starts_is_caught_too() {
     alone(async {
-        let reaper = Reaper::new();
         let script = format!("'{}' --bind 127.0.0.1:0 --ready none & wait", puppet().display());
-        let spawned = spawn(Launch { trap: true, ..shell(&script) }, &reaper).await.unwrap();
-        let notifier = notifier(&spawned);
+        let parent = Trapped::start(shell(&script)).await;
+        let notifier = parent.notifier();
         let (bind, _) = next(notifier).await;
         let child = Caller::of(notifier, &bind).unwrap().pid();
-        assert_eq!(status(child, "PPid"), spawned.member.pid.to_string());
+        let held = PidFd::open(Pid::from_raw(child)).unwrap();
+        assert_eq!(status(child, "PPid"), parent.pid().to_string());
         assert!(notifier.go_on(bind.id).unwrap());
         let (listen, fd) = next(notifier).await;
         let socket = TcpListener::from(Caller::of(notifier, &listen).unwrap().copy(fd).unwrap());
         assert!(notifier.go_on(listen.id).unwrap());
-        assert!(answer(socket.local_addr().unwrap()).contains(&format!("pid={child}")));
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), Signal::SIGKILL).unwrap();
-        assert_eq!(end(spawned, &reaper).await, End::Exited(0));
+        let answer = answer(socket.local_addr().unwrap());
+        held.signal(Signal::SIGKILL).unwrap();
+        assert!(answer.contains(&format!("pid={child}")), "{answer}");
+        assert_eq!(parent.end().await.0, End::Exited(0));
     });
 }
 
@@ -184,15 +247,17 @@ fn what_it_starts_is_caught_too() {
 fn a_program_that_never_binds_runs_as_ever() {
     alone(async {
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
-        let reaper = Reaper::new();
-        let launch = Launch { trap: true, stdout: Some(write), ..shell("ls -l /proc/self/fd | grep -c -- '->'") };
-        let mut spawned = spawn(launch, &reaper).await.unwrap();
-        let trap = spawned.trap.take().unwrap();
-        assert_eq!(end(spawned, &reaper).await, End::Exited(0));
+        let launch = Launch { stdout: Some(write), ..shell("ls -l /proc/self/fd | grep -c -- '->'") };
+        let (end, notifier) = Trapped::start(launch).await.end().await;
+        assert_eq!(end, End::Exited(0));
         // 0, 1, 2 and the directory.
         assert_eq!(read_all(read), "4\n");
-        assert_eq!(trap.notifier.next().await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        assert_eq!(notifier.next().await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
     });
+}
+
+fn sleep() -> Launch {
+    launch(&program("/bin/sleep"), &["60"])
 }
 
 fn somebody() -> Identity {
@@ -206,18 +271,15 @@ fn a_service_of_root_may_gain_privileges_as_ever_whoever_it_runs_as() {
         return;
     }
     alone(async {
-        let reaper = Reaper::new();
-        let launch = Launch { trap: true, identity: Some(somebody()), ..launch(&program("/bin/sleep"), &["60"]) };
-        let spawned = spawn(launch, &reaper).await.unwrap();
-        assert!(!spawned.trap.as_ref().unwrap().no_new_privs);
-        let pid = spawned.member.pid;
+        let service = Trapped::start(Launch { identity: Some(somebody()), ..sleep() }).await;
+        assert!(!service.trap().no_new_privs);
+        let pid = service.pid();
         assert_eq!((status(pid, "NoNewPrivs"), status(pid, "Seccomp")), ("0".to_owned(), "2".to_owned()));
-        killed(spawned, &reaper).await;
+        service.kill().await;
     });
 }
 
 /// The calling thread's alone, as setresuid(2) itself is.
-#[allow(unsafe_code)]
 fn set_effective(uid: Uid) {
     // SAFETY: setresuid(2) takes integers.
     let set = unsafe { libc::syscall(libc::SYS_setresuid, u32::MAX, uid.as_raw(), u32::MAX) };
@@ -230,15 +292,13 @@ fn without_privilege_none_can_be_gained_and_that_is_said() {
         return;
     }
     alone(async {
-        let reaper = Reaper::new();
-        let sleep = Launch { trap: true, ..launch(&program("/bin/sleep"), &["60"]) };
+        let sleep = sleep();
         set_effective(somebody().uid);
-        let spawned = spawn(sleep, &reaper).await;
+        let service = Trapped::start(sleep).await;
         set_effective(Uid::from_raw(0));
-        let spawned = spawned.unwrap();
-        assert!(spawned.trap.as_ref().unwrap().no_new_privs);
-        assert_eq!(status(spawned.member.pid, "NoNewPrivs"), "1");
-        killed(spawned, &reaper).await;
+        assert!(service.trap().no_new_privs);
+        assert_eq!(status(service.pid(), "NoNewPrivs"), "1");
+        service.kill().await;
     });
 }
 
@@ -266,6 +326,5 @@ fn one_that_cannot_be_executed_says_so_trapped_or_not() {
         fs::remove_file(path).unwrap();
         let error = failure(Launch { trap: true, ..launch(&program, &[]) }).await;
         assert!(error.contains("there is no program"), "{error}");
-        assert_eq!(Arc::strong_count(&program), 1);
     });
 }

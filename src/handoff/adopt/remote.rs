@@ -60,7 +60,7 @@ pub enum LookError {
         /// Why not.
         source: io::Error,
     },
-    /// pidfd_getfd(2).
+    /// `pidfd_getfd(2)`.
     #[error(
         "cannot copy open file {fd} of process {pid}: {source}; run zddsup as root, or as the service's user with a \
          service that may be traced (ptrace(2)); in a container, add CAP_SYS_PTRACE"
@@ -167,7 +167,7 @@ impl<'a> Caller<'a> {
 fn process_of(tid: i32) -> io::Result<i32> {
     let status = fs::read(format!("/proc/{tid}/status"))?;
     let mut lines = status.split(|&byte| byte == b'\n');
-    let pid = lines.find_map(|line| str::from_utf8(line.strip_prefix(b"Tgid:")?).ok()?.trim().parse().ok());
+    let pid = lines.find_map(|line| std::str::from_utf8(line.strip_prefix(b"Tgid:")?).ok()?.trim().parse().ok());
     pid.ok_or_else(|| io::Error::other("no Tgid in its status"))
 }
 
@@ -191,20 +191,20 @@ fn parse(bytes: &[u8]) -> Address {
 }
 
 fn inet(bytes: &[u8]) -> Option<SocketAddr> {
-    let part = |from: usize, length: usize| bytes.get(from..from + length);
-    let port = u16::from_be_bytes(part(2, 2)?.try_into().ok()?);
+    let bytes_at = |from: usize, length: usize| bytes.get(from..from + length);
+    let port = u16::from_be_bytes(bytes_at(2, 2)?.try_into().ok()?);
     match family(bytes)? {
         libc::AF_INET if bytes.len() >= 16 => {
-            let ip: [u8; 4] = part(4, 4)?.try_into().ok()?;
+            let ip: [u8; 4] = bytes_at(4, 4)?.try_into().ok()?;
             Some((Ipv4Addr::from(ip), port).into())
         }
         // From the times of old: every address of IPv4 (__inet_bind in net/ipv4/af_inet.c).
-        libc::AF_UNSPEC if bytes.len() >= 16 && part(4, 4)? == [0; 4] => Some((Ipv4Addr::UNSPECIFIED, port).into()),
+        libc::AF_UNSPEC if bytes.len() >= 16 && bytes_at(4, 4)? == [0; 4] => Some((Ipv4Addr::UNSPECIFIED, port).into()),
         libc::AF_INET6 => {
-            let flow = u32::from_ne_bytes(part(4, 4)?.try_into().ok()?);
-            let ip: [u8; 16] = part(8, 16)?.try_into().ok()?;
+            let flow = u32::from_ne_bytes(bytes_at(4, 4)?.try_into().ok()?);
+            let ip: [u8; 16] = bytes_at(8, 16)?.try_into().ok()?;
             // RFC 2133 had none.
-            let scope = part(24, 4).map_or(Ok([0; 4]), TryInto::try_into).ok()?;
+            let scope = bytes_at(24, 4).map_or(Ok([0; 4]), TryInto::try_into).ok()?;
             Some(SocketAddrV6::new(Ipv6Addr::from(ip), port, flow, u32::from_ne_bytes(scope)).into())
         }
         _ => None,

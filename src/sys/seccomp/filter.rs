@@ -23,10 +23,10 @@ pub(super) struct Machine {
     pub(super) listen: u32,
 }
 
-/// asm/unistd_64.h. A program for x32 has the same convention and bit 30 in its numbers, so that none of them is ours.
+/// `asm/unistd_64.h`. A program for x32 has the same convention and bit 30 in its numbers, so that none of them is ours.
 pub(super) const X86_64: Machine = Machine { convention: 0xC000_003E, bind: 49, listen: 50 };
 
-/// asm-generic/unistd.h.
+/// `asm-generic/unistd.h`.
 pub(super) const AARCH64: Machine = Machine { convention: 0xC000_00B7, bind: 200, listen: 201 };
 
 /// What this program was built for.
@@ -39,11 +39,11 @@ pub(super) const NATIVE: Option<Machine> = if cfg!(all(target_arch = "x86_64", t
 };
 
 /// How many instructions there are.
-const LENGTH: usize = 7;
+const LENGTH: u16 = 7;
 
 /// Which calls are caught: bind(2) and listen(2), and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Filter([sock_filter; LENGTH]);
+pub struct Filter([sock_filter; LENGTH as usize]);
 
 /// A filter that is in force.
 #[derive(Debug)]
@@ -116,7 +116,7 @@ impl Filter {
     fn set(&self, flags: c_ulong) -> nix::Result<OwnedFd> {
         let Filter(mut program) = *self;
         // The kernel reads it only.
-        let program = libc::sock_fprog { len: LENGTH as u16, filter: program.as_mut_ptr() };
+        let program = libc::sock_fprog { len: LENGTH, filter: program.as_mut_ptr() };
         let (operation, program) = (libc::SECCOMP_SET_MODE_FILTER, &raw const program);
         // SAFETY: seccomp(2) reads a sock_fprog and the instructions that it points to, which live until it returns.
         let fd = unsafe { libc::syscall(libc::SYS_seccomp, operation, flags, program) };

@@ -1,4 +1,5 @@
 //! The supervisor's end: which calls wait, and what becomes of them.
+#![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)] // of fds, pids and flags, as the kernel's structures have them
 
 use std::io;
 use std::mem::size_of;
@@ -50,7 +51,7 @@ pub enum Call {
 #[derive(Debug)]
 pub struct Notifier {
     fd: Awaited<OwnedFd>,
-    /// Room for the kernel's seccomp_notif. Whoever has it is the only one to receive: the system call would wait, and
+    /// Room for the kernel's `seccomp_notif`. Whoever has it is the only one to receive: the system call would wait, and
     /// all of zddsup with it, if somebody else was faster.
     room: Mutex<Vec<u64>>,
 }
@@ -110,9 +111,9 @@ impl Notifier {
         let mut request = seccomp_notif_addfd {
             id,
             flags: SETFD,
-            srcfd: file.as_raw_fd().cast_unsigned(),
-            newfd: number.cast_unsigned(),
-            newfd_flags: if close_on_exec { libc::O_CLOEXEC.cast_unsigned() } else { 0 },
+            srcfd: file.as_raw_fd() as u32,
+            newfd: number as u32,
+            newfd_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
         };
         still_there(self.request(libc::SECCOMP_IOCTL_NOTIF_ADDFD, &mut request))
     }
@@ -147,7 +148,7 @@ impl Notifier {
             // SAFETY: the kernel has filled in a seccomp_notif there, which is plain numbers.
             let received = unsafe { ptr::read(place) };
             match call(&received.data) {
-                Some(call) => return Ok(Notification { id: received.id, tid: received.pid.cast_signed(), call }),
+                Some(call) => return Ok(Notification { id: received.id, tid: received.pid as i32, call }),
                 // Of a filter that is not ours.
                 None => self.go_on(received.id)?,
             };
@@ -206,7 +207,7 @@ fn call(data: &libc::seccomp_data) -> Option<Call> {
     let machine = NATIVE.filter(|machine| machine.convention == data.arch)?;
     let [fd, second, third, ..] = data.args;
     let fd = fd as RawFd;
-    match data.nr.cast_unsigned() {
+    match data.nr as u32 {
         nr if nr == machine.bind => Some(Call::Bind { fd, address: second, length: third as u32 }),
         nr if nr == machine.listen => Some(Call::Listen { fd, backlog: second as i32 }),
         _ => None,

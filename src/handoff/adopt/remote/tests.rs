@@ -16,7 +16,7 @@ async fn seen<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Ad
     let (notifier, thread) = trapped(act);
     let notification = next(&notifier).await;
     let caller = Caller::of(&notifier, &notification).unwrap();
-    assert_eq!(caller.pid(), std::process::id().cast_signed());
+    assert_eq!(caller.pid(), nix::unistd::getpid().as_raw());
     let Call::Bind { address, length, .. } = notification.call else { panic!("{notification:?}") };
     let found = caller.address(address, length).unwrap();
     notifier.answer(notification.id, Ok(())).unwrap();
