@@ -17,7 +17,8 @@ const ROOM: u64 = 32 * 1024;
 /// The address that the serving generation has in its environment.
 fn notify_socket(stage: &Stage) -> SocketAddr {
     let env = request(stage.address(), "/env");
-    let name = env.lines().find_map(|line| line.strip_prefix("NOTIFY_SOCKET=@")).expect("an abstract socket").to_owned();
+    let name =
+        env.lines().find_map(|line| line.strip_prefix("NOTIFY_SOCKET=@")).expect("an abstract socket").to_owned();
     SocketAddr::from_abstract_name(name.as_bytes()).unwrap()
 }
 
@@ -179,7 +180,9 @@ fn a_service_that_floods_its_notify_socket() {
 fn a_service_that_breaks_the_handoff_protocol() {
     let stage = settled(&[]);
     let (fds, memory) = (fds_of(stage.pid()), rss_of(stage.pid()));
-    for what in ["garbage", "oversized", "fds", "before-hello", "empty", "hellos", "flood", "keep-state", "keep-fds", "deaf"] {
+    for what in
+        ["garbage", "oversized", "fds", "before-hello", "empty", "hellos", "flood", "keep-state", "keep-fds", "deaf"]
+    {
         stage.next(&format!("--version {what} --handoff-hostile {what}"));
         stage.upgrade();
         assert!(request(stage.address(), "/").contains(&format!("version={what} ")));

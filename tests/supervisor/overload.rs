@@ -91,7 +91,8 @@ fn what_the_kernel_completed_is_answered_by_the_next_version_although_the_queue_
 /// Connections in a listener's accept queue (the column rx_queue of `/proc/net/tcp`).
 fn waiting(address: std::net::SocketAddr) -> u32 {
     let entries = procfs::net::tcp().unwrap();
-    let ours = entries.iter().find(|entry| entry.local_address == address && entry.state == procfs::net::TcpState::Listen);
+    let ours =
+        entries.iter().find(|entry| entry.local_address == address && entry.state == procfs::net::TcpState::Listen);
     ours.map_or(0, |entry| entry.rx_queue)
 }
 
