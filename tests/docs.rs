@@ -53,3 +53,11 @@ fn links_lead_somewhere() {
         }
     }
 }
+
+#[test]
+fn the_readme_has_the_table_of_servers() {
+    let page = fs::read_to_string(root().join("docs/servers.md")).unwrap();
+    let begin = page.find("<!-- servers:begin -->").unwrap();
+    let end = page.find("<!-- servers:end -->").unwrap();
+    assert!(readme().contains(&page[begin..end]), "README.md has another table than docs/servers.md");
+}
