@@ -1,5 +1,5 @@
 //! caddy: takes the number of its socket in its configuration from 2.9 on, and says READY=1. Debian 12 has 2.6, which
-//! binds its own with `SO_REUSEPORT`.
+//! binds its own: that is in tests/unmodified.
 //!
 //! `shutdown_delay` gives it time to say goodbye on each connection that is in use. What remains is Go's: the
 //! `Shutdown` of its newer versions drops a new connection whose request it has not read yet (golang/go#75591).
@@ -12,7 +12,6 @@ use crate::stage::{lost_unread_ones_at_most, was_kept, Site};
 
 const BY_FD: &str = "--listen 'web=127.0.0.1:8080?defer-accept=1' --env FD_WEB={fd:web} --ready notify -- \
      caddy run --config Caddyfile";
-const OWN_SOCKET: &str = "--ready notify -- caddy run --config Caddyfile-own-socket";
 
 /// Where another caddy than the one in `PATH` is.
 const ANOTHER: &str = "ZDDSUP_TEST_CADDY";
@@ -25,7 +24,7 @@ fn by_fd() {
         return;
     }
     if !takes_fds(caddy) {
-        // Not missing, but too old: the other test is for it.
+        // Not missing, but too old.
         assert!(another.is_none(), "{ANOTHER} is too old: fd/ came with caddy 2.9");
         println!("skipped: this caddy has no fd/, which came with 2.9; {ANOTHER} may name a newer one");
         return;
@@ -35,23 +34,6 @@ fn by_fd() {
     publish("1");
     let change = |word: &str| if word == "caddy" { caddy.to_owned() } else { word.to_owned() };
     let supervisor = site.start(BY_FD, change);
-    let outcome = site.upgrade_under_load(supervisor, publish);
-    lost_unread_ones_at_most(&outcome.per_request);
-    was_kept(&outcome.keep_alive);
-    lost_unread_ones_at_most(&outcome.keep_alive);
-}
-
-/// Each generation has a socket of its own: what waits in the old one's queue when it closes that is reset.
-#[test]
-fn with_its_own_socket() {
-    if !installed("caddy", &["caddy", "version"]) {
-        return;
-    }
-    let site = Site::new();
-    let configuration = include_str!("files/Caddyfile-own-socket");
-    let publish = |version: &str| site.write("Caddyfile-own-socket", &configuration.replace("VERSION", version));
-    publish("1");
-    let supervisor = site.start(OWN_SOCKET, str::to_owned);
     let outcome = site.upgrade_under_load(supervisor, publish);
     lost_unread_ones_at_most(&outcome.per_request);
     was_kept(&outcome.keep_alive);

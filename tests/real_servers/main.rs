@@ -7,7 +7,7 @@
 //! | `uvicorn` | uvicorn | `--fd {fd:NAME}` |
 //! | `haproxy` | haproxy | `bind fd@…` |
 //! | `nginx` | nginx | `NGINX={fd:NAME};` |
-//! | `caddy` | caddy | `bind fd/…`, from 2.9 on; older ones bind their own |
+//! | `caddy` | caddy | `bind fd/…`, from 2.9 on |
 //! | `udp` | a UDP server in Python | `LISTEN_FDS` |
 //!
 //! No request is sent twice. Where a server loses requests whatever it is told, the test says which and how many at
