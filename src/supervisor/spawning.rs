@@ -125,7 +125,9 @@ impl Driver {
             }
         };
         running.program = Some(Arc::clone(&recipe.program));
-        self.compute_digest(&recipe.program);
+        if recorded {
+            self.compute_digest(&recipe.program);
+        }
         let identity = match (&self.config.user, &self.config.group) {
             (None, None) => None,
             (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
@@ -166,7 +168,13 @@ impl Driver {
         };
         let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
         let program = Program::resolve(&self.config.command[0], path, &directory)?;
-        Ok(Recipe { program: Arc::new(program), args: self.config.command.clone(), env, directory })
+        // An upgrade of the configuration alone: one open file for both, and one digest.
+        let held = self.recipes.values().map(|recipe| &recipe.program).find(|held| held.is_same(&program));
+        let program = held.map_or_else(|| Arc::new(program), Arc::clone);
+        if held.is_none() {
+            self.compute_digest(&program);
+        }
+        Ok(Recipe { program, args: self.config.command.clone(), env, directory })
     }
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.

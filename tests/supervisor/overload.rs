@@ -61,7 +61,7 @@ fn what_the_kernel_completed_is_answered_by_the_next_version_although_the_queue_
 
     let client = move || {
         // Past the queue's end the kernel drops what comes, and the client's kernel tries again, after 1 s, 2 s, ….
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
@@ -91,7 +91,8 @@ fn what_the_kernel_completed_is_answered_by_the_next_version_although_the_queue_
 /// Connections in a listener's accept queue (the column rx_queue of `/proc/net/tcp`).
 fn waiting(address: std::net::SocketAddr) -> u32 {
     let entries = procfs::net::tcp().unwrap();
-    let ours = entries.iter().find(|entry| entry.local_address == address && entry.state == procfs::net::TcpState::Listen);
+    let ours =
+        entries.iter().find(|entry| entry.local_address == address && entry.state == procfs::net::TcpState::Listen);
     ours.map_or(0, |entry| entry.rx_queue)
 }
 
