@@ -29,6 +29,9 @@ use crate::process::reaper::Reaper;
 /// News that a slow follower may be behind before some are left out.
 const EVENTS_HELD: usize = 256;
 
+/// Generations may keep fds for each other up to this part of what zddsup may have open: it needs some for itself.
+const KEPT_SHARE: usize = 4;
+
 /// Why a supervisor cannot begin. Nothing was spawned.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -162,7 +165,7 @@ impl Driver {
             running: Default::default(),
             retired: Default::default(),
             recipes: Default::default(),
-            kept: Keeping::default(),
+            kept: Keeping::new(limits::own_nofile() / KEPT_SHARE),
             reports: Reports::default(),
             restarts: 0,
             inbox,

@@ -199,7 +199,7 @@ impl Driver {
             let named: Vec<_> = sockets.chain(kept()).collect();
             let inbox = self.inbox.clone();
             let heard = move |incoming| drop(inbox.send(Input::Heard(id, incoming)));
-            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, heard)
+            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, self.kept.most_fds(), heard)
                 .map_err(|source| LaunchError::Fd { what: "handoff socket", source })?;
             let number = handed.next_number();
             handed.fds.push(Arc::new(end));
