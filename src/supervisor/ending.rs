@@ -257,7 +257,11 @@ impl Driver {
         self.repair_listeners();
         self.restore_flags_once_gone(id);
         self.store.discard(id);
-        self.kept.lost(id);
+        let served = self.running.get(&id).is_some_and(|running| running.ready);
+        let unwanted = self.kept.lost(id, served);
+        if unwanted > 0 {
+            tracing::warn!(generation = %id, unwanted, "what former generations passed on was not taken: closed");
+        }
         self.reports.released(id, Instant::now());
         if let Some(running) = self.running.remove(&id) {
             tracing::info!(generation = %id, "is gone to its last process");

@@ -170,7 +170,10 @@ impl Driver {
                 self.news_of(id);
             }
             FromGeneration::Keep { name, state } => {
-                self.kept.keep(id, name, state, fds.into_iter().map(Arc::new).collect());
+                if !self.kept.keep(id, name, state, fds.into_iter().map(Arc::new).collect()) {
+                    tracing::warn!(generation = %id, "handoff socket closed: more is kept than the limits allow");
+                    running.channel = None;
+                }
                 self.pass_on_kept();
             }
             FromGeneration::Taken { id: kept } => self.kept.taken(id, kept),

@@ -32,6 +32,9 @@ use crate::process::reaper::Reaper;
 /// News that a slow follower may be behind before some are left out.
 const EVENTS_HELD: usize = 256;
 
+/// Generations may keep fds for each other up to this part of what zddsup may have open: it needs some for itself.
+const KEPT_SHARE: usize = 4;
+
 /// Why a supervisor cannot begin. Nothing was spawned.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -189,7 +192,7 @@ impl Driver {
             running: BTreeMap::new(),
             retired: VecDeque::new(),
             recipes: BTreeMap::new(),
-            kept: Keeping::default(),
+            kept: Keeping::new(limits::own_nofile() / KEPT_SHARE),
             reports: Reports::default(),
             restarts: 0,
             inbox,

@@ -134,7 +134,9 @@ impl Driver {
             }
         };
         running.program = Some(Arc::clone(&recipe.program));
-        compute_digest(&recipe.program);
+        if recorded {
+            compute_digest(&recipe.program);
+        }
         let identity = match (&self.config.user, &self.config.group) {
             (None, None) => None,
             (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
@@ -177,14 +179,13 @@ impl Driver {
         };
         let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
         let program = Program::resolve(&self.config.command[0], path, &directory)?;
-        // The same file as before: its digest is known already.
-        let known = self.recipes.values().map(|recipe| &recipe.program).find(|known| known.is_same(&program)).cloned();
-        Ok(Recipe {
-            program: known.unwrap_or_else(|| Arc::new(program)),
-            args: self.config.command.clone(),
-            env,
-            directory,
-        })
+        // An upgrade of the configuration alone: one open file for both, and one digest.
+        let held = self.recipes.values().map(|recipe| &recipe.program).find(|held| held.is_same(&program));
+        let program = held.map_or_else(|| Arc::new(program), Arc::clone);
+        if held.is_none() {
+            compute_digest(&program);
+        }
+        Ok(Recipe { program, args: self.config.command.clone(), env, directory })
     }
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.
@@ -209,7 +210,7 @@ impl Driver {
             let named: Vec<_> = sockets.chain(kept()).collect();
             let inbox = self.inbox.clone();
             let heard = move |incoming| drop(inbox.send(Input::Heard(id, incoming)));
-            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, heard)
+            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, self.kept.most_fds(), heard)
                 .map_err(|source| LaunchError::Fd { what: "handoff socket", source })?;
             let number = handed.next_number();
             handed.fds.push(Arc::new(end));

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use crate::common::{processes_with, request, wait_for};
 use crate::stage::Stage;
-use crate::watched::{fds_of, lives, rss_of, zombies_of};
+use crate::watched::{lives, Rest};
 
 /// How many upgrades are made, unless that takes too long.
 const MANY: u32 = 1000;
@@ -124,12 +124,7 @@ fn with_zddsup_everything_ends() {
 #[test]
 fn many_upgrades_leave_no_fd_no_zombie_and_no_memory() {
     let stage = Stage::start(&[], "--version 1 --spawn-grandchild");
-    // The program before is held from the second upgrade on.
-    for _ in 0..2 {
-        stage.upgrade();
-    }
-    stage.wait_settled();
-    let (before, memory) = (fds_of(stage.pid()), rss_of(stage.pid()));
+    let rest = Rest::of(&stage);
     let begin = Instant::now();
     let mut made = 0;
     while made < MANY && (begin.elapsed() < LONG || made < FEW) {
@@ -140,15 +135,7 @@ fn many_upgrades_leave_no_fd_no_zombie_and_no_memory() {
     stage.wait_settled();
     // zddsup, the last generation and its grandchild.
     assert_eq!(of(&stage).len(), 3, "{}", stage.log());
-    wait_for("the last one is reaped", || zombies_of(stage.pid()).is_empty());
-    let mut after = fds_of(stage.pid());
-    // What a last look at the processes had open is closed after it.
-    wait_for("its fds are those that it had", || {
-        after = fds_of(stage.pid());
-        after == before
-    });
-    println!("{} KiB before, {} KiB after", memory, rss_of(stage.pid()));
-    assert!(rss_of(stage.pid()) < memory + 16 * 1024);
+    rest.is_back();
 
     let inherited = request(stage.address(), "/inherited");
     let fds: Vec<_> = inherited.lines().filter_map(|line| line.strip_prefix("fd ")).collect();

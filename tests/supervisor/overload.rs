@@ -61,7 +61,7 @@ fn what_the_kernel_completed_is_answered_by_the_next_version_although_the_queue_
 
     let client = move || {
         // Past the queue's end the kernel drops what comes, and the client's kernel tries again, after 1 s, 2 s, ….
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
