@@ -47,7 +47,7 @@ fn main() {
             let pid = i32::try_from(holder.child.id()).expect("a pid");
             let counted = connections::count(&[holder.address], vec![(id, vec![pid])]).expect("a count");
             times.push(begin.elapsed());
-            cpu.push(thread_cpu() - cpu_before);
+            cpu.push(thread_cpu().saturating_sub(cpu_before));
             assert_eq!(counted[&id], count as u64);
 
             let begin = Instant::now();

@@ -5,7 +5,7 @@
 //! BENCH --exec PROGRAM …   says when, and becomes PROGRAM with the same fds and LISTEN_PID of its own
 //! ```
 //!
-//! Times are CLOCK_MONOTONIC, sent to the socket that `BENCH_CLOCK` names (what begins with ZDDSUP_ is not passed on).
+//! Times are `CLOCK_MONOTONIC`, sent to the socket that `BENCH_CLOCK` names (what begins with `ZDDSUP_` is not passed on).
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -124,6 +124,7 @@ pub struct Bare {
 impl Bare {
     /// It gets the listener as fd 3.
     #[must_use]
+    #[allow(clippy::zombie_processes)] // It is waited for when this is dropped; without READY=1 the bench is over.
     pub fn start(dir: &Path, ear: &mut Ear, listener: &TcpListener, command: &[String]) -> Bare {
         let path = dir.join("notify");
         let notify = UnixDatagram::bind(&path).expect("a socket");

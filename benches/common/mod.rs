@@ -33,7 +33,7 @@ pub fn build_examples(names: &[&str]) {
     assert!(cargo.status().expect("cargo").success(), "the examples cannot be built");
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC, which all processes have in common.
+/// Nanoseconds of `CLOCK_MONOTONIC`, which all processes have in common.
 #[must_use]
 pub fn now_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");

@@ -243,7 +243,7 @@ async fn more_than_a_generation_may_keep_is_refused() {
     let (_channel, peer, mut reports) = channel(&[], 2);
     peer.hello();
     let keep = FromGeneration::Keep { name: "x".to_owned(), state: Vec::new() }.encode().unwrap();
-    scm::send(peer.0.as_fd(), &keep, &vec![peer.0.as_fd(); MOST_FDS]).unwrap();
+    scm::send(peer.0.as_fd(), &keep, &[peer.0.as_fd(); MOST_FDS]).unwrap();
     scm::send(peer.0.as_fd(), &keep, &[peer.0.as_fd()]).unwrap();
     assert!(malformed(&mut reports).await.contains("keeps more than"));
 }

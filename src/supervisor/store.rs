@@ -333,7 +333,7 @@ mod tests {
     fn no_more_is_kept_than_there_is_room_for() {
         let mut keeping = Keeping::new(2);
         let keep = |keeping: &mut Keeping, generation, state: usize, fds: usize| {
-            let fds = vec![Arc::new(pipe().0); fds];
+            let fds = std::iter::repeat_n(Arc::new(pipe().0), fds).collect::<Vec<_>>();
             keeping.keep(GenerationId(generation), "x".to_owned(), vec![0; state], fds)
         };
         assert!(keep(&mut keeping, 1, 1, 1) && keep(&mut keeping, 2, 0, 1));

@@ -88,7 +88,7 @@ fn what_the_kernel_completed_is_answered_by_the_next_version_although_the_queue_
     assert!(answered > 4);
 }
 
-/// Connections in a listener's accept queue (the column rx_queue of `/proc/net/tcp`).
+/// Connections in a listener's accept queue (the column `rx_queue` of `/proc/net/tcp`).
 fn waiting(address: std::net::SocketAddr) -> u32 {
     let entries = procfs::net::tcp().unwrap();
     let ours =
