@@ -20,7 +20,7 @@ use crate::proto::handoff::ToGeneration;
 use crate::sys::memory;
 use crate::sys::pidfd::PidFd;
 
-/// How many messages are taken when a generation has ended: more than its queue holds (net.unix.max_dgram_qlen is 10, or
+/// How many messages are taken when a generation has ended: more than its queue holds (`net.unix.max_dgram_qlen` is 10, or
 /// 512 under systemd). Whoever floods it does not keep the end from being acted on.
 const LAST_WORDS: usize = 1024;
 
