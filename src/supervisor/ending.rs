@@ -19,6 +19,7 @@ use crate::handoff::channel::Outgoing;
 use crate::process::group::{signal_main, Group, Member};
 use crate::process::spawn::{SpawnError, Spawned};
 use crate::proto::handoff::ToGeneration;
+use crate::sys::memory;
 use crate::sys::pidfd::PidFd;
 
 /// How many messages are taken when a generation has ended: more than its queue holds (`net.unix.max_dgram_qlen` is 10, or
@@ -274,6 +275,9 @@ impl Driver {
         self.pass_on_kept();
         if self.is_being_stopped() {
             self.nobody_follows();
+        }
+        if self.kept.shrunk() {
+            memory::give_back();
         }
         self.forget_programs();
         self.record();

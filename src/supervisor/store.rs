@@ -156,13 +156,18 @@ pub struct Keeping {
     /// Of all of them.
     bytes: usize,
     fds: usize,
+    /// More bytes than are worth a look at the allocator, since nothing was there.
+    was_large: bool,
 }
+
+/// From how many bytes on memory is given back.
+const LARGE: usize = 1024 * 1024;
 
 impl Keeping {
     /// For up to `most_fds` at a time.
     #[must_use]
     pub fn new(most_fds: usize) -> Self {
-        Keeping { most_fds, next: 0, items: BTreeMap::new(), bytes: 0, fds: 0 }
+        Keeping { most_fds, next: 0, items: BTreeMap::new(), bytes: 0, fds: 0, was_large: false }
     }
 
     /// How many fds it takes.
@@ -178,6 +183,7 @@ impl Keeping {
             return false;
         }
         (self.bytes, self.fds) = (all_bytes, all_fds);
+        self.was_large |= all_bytes >= LARGE;
         self.next += 1;
         let id = self.next;
         self.items.insert(id, Kept { id, name, state, fds, from, sent_to: None, passed_over: 0 });
@@ -217,6 +223,11 @@ impl Keeping {
         let unwanted: Vec<_> = unwanted.map(|item| item.id).collect();
         unwanted.iter().for_each(|&id| self.remove(id));
         unwanted.len()
+    }
+
+    /// Whether much was kept, and nothing is any more. True once.
+    pub fn shrunk(&mut self) -> bool {
+        self.items.is_empty() && std::mem::take(&mut self.was_large)
     }
 
     fn remove(&mut self, id: u64) {
@@ -339,7 +350,7 @@ mod tests {
         assert!(keep(&mut keeping, 1, 1, 1) && keep(&mut keeping, 2, 0, 1));
         assert!(!keep(&mut keeping, 3, 0, 1), "fds");
         assert!(!keep(&mut keeping, 3, MAX_KEPT_BYTES, 0), "state");
-        assert!(keep(&mut keeping, 3, MAX_KEPT_BYTES - 1, 0));
+        assert!(keep(&mut keeping, 3, MAX_KEPT_BYTES - 1, 0) && !keeping.shrunk());
         assert_eq!(keeping.send_to(GenerationId(4)).len(), 3);
         keeping.taken(GenerationId(4), 1);
         assert!(keep(&mut keeping, 1, 1, 1), "there is room again");
