@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,7 @@ pub struct Supervisor {
 struct Log {
     text: Mutex<String>,
     grown: Condvar,
+    ended: AtomicBool,
 }
 
 /// How to start one.
@@ -95,6 +97,7 @@ impl Setup {
                 into.text.lock().unwrap().push_str(&(line + "\n"));
                 into.grown.notify_all();
             }
+            into.ended.store(true, Ordering::SeqCst);
         });
         Supervisor { child, log, dir: self.dir }
     }
@@ -264,11 +267,12 @@ impl Supervisor {
         self.log.text.lock().unwrap().clone()
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and for all that it wrote.
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
+                wait_for("its stderr ends", || self.log.ended.load(Ordering::SeqCst));
                 return status;
             }
             assert!(Instant::now() < deadline, "zddsup does not end\n{}", self.log());
