@@ -177,7 +177,9 @@ impl Group {
         refused.map_or(Ok(sent), Err)
     }
 
+    /// One at a time: what died during the one is new to the next.
     fn look(&self) -> io::Result<Found> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let own = own_pid();
         let mut young = BTreeMap::new();
         for entry in fs::read_dir("/proc")? {
@@ -188,7 +190,6 @@ impl Group {
                 young.insert(pid, stat);
             }
         }
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker)))
     }
 }

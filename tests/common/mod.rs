@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,7 @@ pub struct Supervisor {
 struct Log {
     text: Mutex<String>,
     grown: Condvar,
+    ended: AtomicBool,
 }
 
 /// How to start one.
@@ -106,6 +108,7 @@ impl Setup {
                 into.text.lock().unwrap().push_str(&(line + "\n"));
                 into.grown.notify_all();
             }
+            into.ended.store(true, Ordering::SeqCst);
         });
         Supervisor { child, log, dir: self.dir }
     }
@@ -271,11 +274,12 @@ impl Supervisor {
         self.log.text.lock().unwrap().clone()
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and for all that it wrote.
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
+                wait_for("its stderr ends", || self.log.ended.load(Ordering::SeqCst));
                 return status;
             }
             assert!(Instant::now() < deadline, "zddsup does not end\n{}", self.log());

@@ -97,5 +97,6 @@ fn a_scripts_file_that_is_gone_is_said() {
     let output = supervisor.cli(&["rollback"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("script"), "{output:?}");
+    supervisor.wait_settled();
     assert!(request(supervisor.address(), "/").contains("version=2 "));
 }
