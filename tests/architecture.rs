@@ -7,14 +7,17 @@ use std::path::Path;
 /// Who may use whom, as the table of docs/architecture.md says.
 fn allowed() -> BTreeSet<(String, String)> {
     let page = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
-    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
-    rows.filter_map(|row| {
-        let (module, rest) = row.split_once("` |")?;
-        let uses = rest.split('|').next_back().filter(|cell| !cell.is_empty()).or(rest.rsplit('|').nth(1))?;
-        Some(uses.split('`').skip(1).step_by(2).map(|used| (module.to_owned(), used.to_owned())).collect::<Vec<_>>())
-    })
-    .flatten()
-    .collect()
+    let (_, modules) = page.split_once("## Modules").expect("a section on modules");
+    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>();
+    let mut arrows = BTreeSet::new();
+    for row in modules.lines().take_while(|line| !line.starts_with("## ")) {
+        if let [_, module, _, uses, _] = row.split('|').collect::<Vec<_>>()[..] {
+            for module in quoted(module) {
+                arrows.extend(quoted(uses).into_iter().map(|used| (module.clone(), used)));
+            }
+        }
+    }
+    arrows
 }
 
 fn root() -> &'static Path {

@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_secs(20);
 fn puppet_path() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.ancestors().nth(2).unwrap().join("examples/puppet");
-    assert!(path.exists(), "{path:?} is not there: run `cargo build --examples`");
+    assert!(path.exists(), "{} is not there: run `cargo build --examples`", path.display());
     path
 }
 

@@ -64,6 +64,9 @@ fn look(config: &ServiceConfig, here: &Path) -> Vec<Finding> {
         listener(&mut findings, spec, here);
     }
     control(&mut findings, config);
+    if let Some(path) = &config.pid_file {
+        findings.add("pid file", writable_parent(path));
+    }
     findings.0
 }
 
@@ -173,6 +176,7 @@ fn in_use(address: &Address) -> Option<SocketAddr> {
 
 fn control(findings: &mut Findings, config: &ServiceConfig) {
     let alive = if let Some(path) = &config.control {
+        findings.add("control socket", control_path(path));
         place::is_alive(path).then(|| path.clone())
     } else {
         findings.add("name", place::check_name(&config.name).map(|()| config.name.clone()));
@@ -184,6 +188,32 @@ fn control(findings: &mut Findings, config: &ServiceConfig) {
             path.display()
         );
         findings.note("control socket", words);
+    }
+}
+
+/// Its directory is made if its parent is there.
+fn control_path(path: &Path) -> Result<String, String> {
+    match path.parent() {
+        Some(directory) if !directory.exists() => writable_parent(directory)?,
+        Some(_) | None => writable_parent(path)?,
+    };
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(format!("{} exists and is not a socket: give another --control PATH", path.display()))
+        }
+        Ok(_) | Err(_) => Ok(path.display().to_string()),
+    }
+}
+
+fn writable_parent(path: &Path) -> Result<String, String> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    let fine = access(parent, AccessFlags::W_OK | AccessFlags::X_OK);
+    match fine {
+        Ok(()) if parent.is_dir() => Ok(path.display().to_string()),
+        Ok(()) => Err(format!("{} is not a directory: choose another path", parent.display())),
+        Err(errno) => {
+            Err(format!("cannot make {}: {errno}; create its directory, or choose another path", path.display()))
+        }
     }
 }
 

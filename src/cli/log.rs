@@ -2,10 +2,10 @@
 
 use std::io;
 
-use tracing_subscriber::filter::{EnvFilter, ParseError};
-use tracing_subscriber::fmt::format::FmtSpan;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::util::TryInitError;
+use tracing_subscriber::filter::{ParseError, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{fmt, registry};
 
 use crate::config::LogFormat;
 use crate::process::output::Output;
@@ -36,20 +36,17 @@ pub fn start(format: LogFormat, level: &str, output: Output) -> Result<(), LogEr
         Ok(_) | Err(_) => filter(level)?,
     };
     let terminal = io::IsTerminal::is_terminal(&io::stderr());
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(move || output.clone())
-        .with_target(false)
-        .with_span_events(FmtSpan::NONE);
+    let lines = fmt::layer().with_writer(move || output.clone()).with_target(false);
     match format {
-        LogFormat::Text => subscriber.with_ansi(terminal).finish().try_init()?,
-        LogFormat::Json => subscriber.json().flatten_event(true).finish().try_init()?,
+        LogFormat::Text => registry().with(filter).with(lines.with_ansi(terminal)).try_init()?,
+        LogFormat::Json => registry().with(filter).with(lines.json().flatten_event(true)).try_init()?,
     }
     Ok(())
 }
 
-fn filter(level: &str) -> Result<EnvFilter, LogError> {
-    EnvFilter::builder().parse(level).map_err(|source| LogError::Level { level: level.to_owned(), source })
+/// No `EnvFilter`: its regular expressions would be an eighth of the program.
+fn filter(level: &str) -> Result<Targets, LogError> {
+    level.parse().map_err(|source| LogError::Level { level: level.to_owned(), source })
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub mod upgrade;
 pub mod verdict;
 pub mod wait;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -112,12 +113,26 @@ pub enum Command {
 /// Parses, does, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let done = dispatch(Cli::parse().command);
+    let cli = Cli::try_parse().unwrap_or_else(|error| wrong_usage(&error));
+    let done = dispatch(cli.command);
     let exit = done.unwrap_or_else(|failure| {
         failure.say();
         failure.exit()
     });
     exit.into()
+}
+
+/// As every other error: one line that begins with the program's name, and clap's hints below it.
+fn wrong_usage(error: &clap::Error) -> ! {
+    let text = error.render().to_string();
+    match text.strip_prefix("error: ") {
+        Some(text) => {
+            let _nobody_reads = write!(std::io::stderr(), "zddsup: {text}");
+            std::process::exit(Exit::Usage.code().into())
+        }
+        // Help, or the version.
+        None => error.exit(),
+    }
 }
 
 fn dispatch(command: Command) -> Result<Exit, Failure> {

@@ -8,8 +8,9 @@ use crate::config::flags::RunFlags;
 use crate::core::{End, Finish};
 use crate::listener::inherit::Inherited;
 use crate::process::output::Output;
-use crate::supervisor::run::{self, Ended};
+use crate::supervisor::run::{self, Ended, StartError};
 use crate::supervisor::{describe, signals};
+use crate::sys::memory;
 
 /// How long a slow stderr is waited for at the end.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -17,7 +18,8 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// Runs it. The exit code says how it ended (docs/exit-codes.md).
 pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
     let config = flags.validate().map_err(|error| Failure::with(Exit::Usage, &error))?;
-    // Both before the first thread is made: the log has one.
+    // All before the first thread is made: the log has one.
+    memory::keep_little();
     signals::block().map_err(|errno| Failure::System { step: "block signals", source: errno.into() })?;
     let inherited = Inherited::take().map_err(|error| Failure::with(Exit::Usage, &error))?;
     let output = Output::stderr().map_err(|source| Failure::System { step: "write to stderr", source })?;
@@ -26,7 +28,8 @@ pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
     let name = config.name.clone();
     let ended = run::run(config, inherited, output.clone());
     output.flush(LAST_LINES);
-    finished(&name, &ended.map_err(|error| Failure::with(Exit::Failed, &error))?)
+    let failed = |error: StartError| Failure::with(if error.is_invalid() { Exit::Usage } else { Exit::Failed }, &error);
+    finished(&name, &ended.map_err(failed)?)
 }
 
 fn finished(name: &str, ended: &Ended) -> Result<Exit, Failure> {

@@ -12,6 +12,8 @@ use crate::proto::listen_fds;
 /// Meant for zddsup, or set by it: a generation that saw those of another process would act on them.
 const ONLY_OURS: [&str; 4] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE"];
 const ONLY_OURS_BEGIN: [&str; 3] = ["ZDDSUP_", "SERVER_STARTER_", "EINHORN_"];
+/// What `--user` sets, unless a file or `--env` does.
+const OF_A_LOGIN: [&str; 4] = ["USER", "LOGNAME", "HOME", "SHELL"];
 
 /// Why an environment cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +62,9 @@ fn build(
     own: impl Iterator<Item = (OsString, OsString)>,
     config: &ServiceConfig,
 ) -> Result<BTreeMap<OsString, OsString>, EnvError> {
-    let mut env: BTreeMap<_, _> = own.filter(|(name, _)| !is_for_zddsup(name)).collect();
+    // Another user's home is not the service's.
+    let is_other_users = |name: &OsStr| config.user.is_some() && OF_A_LOGIN.iter().any(|of_login| name == *of_login);
+    let mut env: BTreeMap<_, _> = own.filter(|(name, _)| !is_for_zddsup(name) && !is_other_users(name)).collect();
     for file in &config.env_files {
         for (name, value) in read(file)? {
             env.insert(name.into(), value.into());

@@ -12,7 +12,7 @@ use nix::sys::stat::Mode;
 use super::help;
 use super::ready::Ready;
 use super::values::{self, Rate, Span, UpTo};
-use super::{EnvFile, Handoff, LogFormat};
+use super::{Drain, EnvFile, Handoff, LogFormat};
 use crate::core::{Policy, RestartWhen};
 use crate::listener::ListenFlag;
 use crate::process::limits::Limit;
@@ -75,6 +75,12 @@ pub struct RunFlags {
     /// Fds that a generation may store for the next one (FDSTORE=1)
     #[arg(long, value_name = "N", default_value_t = 512, help_heading = UPGRADE)]
     pub fdstore_max: usize,
+
+    /// How a generation that was switched away from learns that it is to end
+    ///
+    /// observe needs a new generation that gets all new connections, as with --handoff adopt.
+    #[arg(long, value_enum, default_value_t = Drain::Auto, help_heading = STOPPING)]
+    pub drain: Drain,
 
     /// How long a generation may finish what it has; infinity is no limit
     #[arg(
@@ -193,7 +199,7 @@ pub struct RunFlags {
 
     /// The program and its arguments; looked up in PATH anew for each generation
     #[arg(
-        required = true, value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true,
+        required = true, value_name = "COMMAND", trailing_var_arg = true,
         value_hint = ValueHint::CommandWithArguments
     )]
     pub command: Vec<OsString>,

@@ -19,6 +19,7 @@ followed by ?OPTION[=VALUE]&… with
   backlog=N                 connections that may wait (4096)
   reuseport, freebind, transparent, device=NAME, v6only[=no],
   mark=N, priority=N, tos=N, rcvbuf=BYTES, sndbuf=BYTES
+  nonblock                  O_NONBLOCK: nginx needs it
   nodelay, keepalive, fastopen=N, defer-accept=SECONDS    (TCP)
   mode=0660, user=NAME, group=NAME    (a Unix socket's file)
 
@@ -31,6 +32,8 @@ What shows that a generation can serve
   auto              READY=1, or ready on the handoff socket; one
                     that says nothing is ready after a second
   notify            READY=1 (sd_notify), or the handoff socket, alone
+  listen            it listens wherever the generation before does
+                    (auto does so too with --handoff adopt)
   tcp:[HOST:]PORT   it takes connections there
   http://HOST:PORT[/PATH]   it answers 2xx or 3xx there
   exec:COMMAND      the shell command succeeds

@@ -57,6 +57,8 @@ pub struct ServiceConfig {
     pub bake: Duration,
     /// From the drain's begin to the stop signal for all; none is no limit.
     pub drain_timeout: Option<Duration>,
+    /// How a drain is begun.
+    pub drain: Drain,
     /// What tells a generation to drain and end.
     pub stop_signal: Signal,
     /// From the stop signal for all to SIGKILL.
@@ -104,7 +106,8 @@ pub struct ServiceConfig {
 /// How generations get their listeners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Handoff {
-    /// Both ways at once.
+    /// By number and by message, or not at all.
+    #[value(help = "Both fds and socket; adopt where there is no listener")]
     Auto,
     /// Open from fd 3 on, by systemd's protocol.
     #[value(help = "Open from fd 3 on, with LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES (systemd's protocol)")]
@@ -112,6 +115,23 @@ pub enum Handoff {
     /// By messages on a socket (docs/handoff.md).
     #[value(help = "By messages on the socket whose fd number is ZDDSUP_SOCKET (docs/handoff.md)")]
     Socket,
+    /// Not at all: an unmodified program makes its own, and new connections are steered (docs/architecture.md).
+    #[value(help = "Not at all: an unmodified program binds for itself, and new connections are steered")]
+    Adopt,
+}
+
+/// How a drain is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Drain {
+    /// As suits the handoff.
+    #[value(help = "observe where programs bind for themselves, else signal")]
+    Auto,
+    /// It is told to drain.
+    #[value(help = "It is told: the stop signal, or a message on the handoff socket")]
+    Signal,
+    /// Its connections are watched.
+    #[value(help = "The stop signal comes once its last connection is gone, for programs that cannot stop gracefully")]
+    Observe,
 }
 
 /// Environment of other supervisors that is set as well.

@@ -14,6 +14,8 @@ pub enum Ready {
     Auto,
     /// It says so: READY=1 (`sd_notify(3)`), or ready on the handoff socket.
     Notify,
+    /// It listens wherever the generation before does (unmodified programs).
+    Listen,
     /// Something else finds out.
     Probe(Probe),
     /// It runs for so long.
@@ -60,6 +62,7 @@ impl FromStr for Ready {
         match text {
             "auto" => return Ok(Ready::Auto),
             "notify" => return Ok(Ready::Notify),
+            "listen" => return Ok(Ready::Listen),
             "tcp" => {
                 return Err(
                     "write tcp:PORT with a port of the new process alone: what --listen binds is shared with the \
@@ -86,10 +89,10 @@ impl FromStr for Ready {
         }
         match text.strip_prefix("tcp://").or_else(|| text.strip_prefix("tcp:")) {
             Some(rest) => address(rest, None).map(|address| Ready::Probe(Probe::Tcp(address))),
-            None => {
-                Err("write auto, notify, tcp:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND or delay:DURATION"
-                    .to_owned())
-            }
+            None => Err(
+                "write auto, notify, listen, tcp:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND or delay:DURATION"
+                    .to_owned(),
+            ),
         }
     }
 }
@@ -136,6 +139,7 @@ impl fmt::Display for Ready {
         match self {
             Ready::Auto => f.write_str("auto"),
             Ready::Notify => f.write_str("notify"),
+            Ready::Listen => f.write_str("listen"),
             Ready::Probe(probe) => probe.fmt(f),
             Ready::Delay(delay) => write!(f, "delay:{}", Span(*delay)),
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::flags::{CompatWith, RunFlags};
 use super::ready::Ready;
 use super::values::Span;
-use super::{start_directory, Compat, EnvFile, Handoff, ServiceConfig, NAME_MOST};
+use super::{start_directory, Compat, Drain, EnvFile, Handoff, ServiceConfig, NAME_MOST};
 use crate::listener::address::Address;
 use crate::listener::{ListenFlag, Listener};
 use crate::proto::placeholder::{self, PlaceholderError};
@@ -32,6 +32,14 @@ pub enum ConfigError {
         /// What is wrong.
         source: PlaceholderError,
     },
+    /// Two owners of one address.
+    #[error("--handoff adopt is for programs that bind for themselves: leave --listen away")]
+    AdoptsAndListens,
+    /// Nothing to look at.
+    #[error(
+        "{0} looks at the sockets that a program makes itself, which takes --handoff adopt, or auto without --listen"
+    )]
+    NothingAdopted(&'static str),
     /// No fds are passed by number.
     #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
     NoNumbers {
@@ -88,6 +96,7 @@ impl RunFlags {
             start_timeout: self.start_timeout.0,
             bake: self.bake.0,
             drain_timeout: self.drain_timeout.0,
+            drain: self.drain,
             stop_signal: self.stop_signal,
             stop_timeout: self.stop_timeout.0,
             lame_duck: self.lame_duck.0,
@@ -123,6 +132,16 @@ impl ServiceConfig {
             names.clone().enumerate().find(|(place, name)| names.clone().take(*place).any(|other| other == *name))
         {
             return Err(ConfigError::SameName(name.clone()));
+        }
+        if self.handoff == Handoff::Adopt && !self.listeners.is_empty() {
+            return Err(ConfigError::AdoptsAndListens);
+        }
+        let adopts = self.handoff == Handoff::Adopt || self.handoff == Handoff::Auto && self.listeners.is_empty();
+        if !adopts && self.ready == Ready::Listen {
+            return Err(ConfigError::NothingAdopted("--ready listen"));
+        }
+        if !adopts && self.drain == Drain::Observe {
+            return Err(ConfigError::NothingAdopted("--drain observe"));
         }
         if self.handoff == Handoff::Socket {
             self.check_without_numbers()?;

@@ -22,6 +22,8 @@ const MOST: usize = 16 << 20;
 
 /// How long a supervisor may take to answer.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Until the next try when a supervisor's queue is full.
+const QUEUE_IS_FULL: Duration = Duration::from_millis(20);
 
 /// A supervisor, by its control socket. Each request has a connection of its own.
 #[derive(Debug, Clone)]
@@ -141,9 +143,8 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str) -> Result<(Response<Incoming>, Option<i32>), ClientError> {
-        let stream = UnixStream::connect(&self.path)
-            .await
-            .map_err(|source| ClientError::Unreachable { path: self.path.clone(), source })?;
+        let stream =
+            self.connect().await.map_err(|source| ClientError::Unreachable { path: self.path.clone(), source })?;
         let peer = stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|&pid| pid > 0);
         let (mut requests, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.broken(&error))?;
@@ -157,6 +158,16 @@ impl Client {
             .map_err(|error| self.strange(error.to_string()))?;
         let response = requests.send_request(request).await.map_err(|error| self.broken(&error))?;
         Ok((response, peer))
+    }
+
+    /// A full queue is waited for: somebody takes connections from it.
+    async fn connect(&self) -> io::Result<UnixStream> {
+        loop {
+            match UnixStream::connect(&self.path).await {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(QUEUE_IS_FULL).await,
+                connected => return connected,
+            }
+        }
     }
 
     fn broken(&self, error: &hyper::Error) -> ClientError {

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -20,8 +20,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::unistd::{geteuid, Uid};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixStream;
-use tokio::sync::{watch, OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::answers::{self, Answers};
 use super::place;
@@ -38,6 +38,8 @@ pub struct Limits {
     pub header: usize,
     /// Time of a connection, from its accept to its last byte; streams of events have no end.
     pub time: Duration,
+    /// When there is no room, whoever has asked nothing for so long makes some.
+    pub patience: Duration,
     /// Time for the supervisor to answer.
     pub answer: Duration,
 }
@@ -49,6 +51,7 @@ impl Default for Limits {
             streams: 32,
             header: 16 << 10,
             time: Duration::from_secs(10),
+            patience: Duration::from_millis(100),
             answer: Duration::from_secs(5),
         }
     }
@@ -162,16 +165,22 @@ impl Server {
         };
         let (ending, ended) = watch::channel(false);
         let answers = Answers::new(handle, self.limits, ended);
-        let free = Arc::new(Semaphore::new(self.limits.connections));
+        let mut seats = Seats { most: self.limits.connections, patience: self.limits.patience, taken: Vec::new() };
         let mut connections = JoinSet::new();
         let mut end = std::pin::pin!(end);
         loop {
+            let room = seats.room();
             tokio::select! {
                 () = &mut end => break,
-                Some(_) = connections.join_next() => {}
-                (slot, accepted) = accept(&listener, free.clone()) => match accepted {
+                Some(_) = connections.join_next() => seats.leave(),
+                accepted = accept(&listener, room) => match accepted {
                     Ok(stream) => {
-                        connections.spawn(connection(stream, answers.clone(), self.limits, slot));
+                        seats.make_room();
+                        let asked = Arc::new(AtomicBool::new(false));
+                        let task = connections.spawn(connection(stream, answers.clone(), self.limits, asked.clone()));
+                        seats.taken.push(Seat { since: Instant::now(), asked, task });
+                        // It may have asked already, and is not to be taken for one that has not.
+                        tokio::task::yield_now().await;
                     }
                     Err(error) => {
                         // Out of fds or memory: the connection stays in the queue, and trying at once would spin.
@@ -190,21 +199,66 @@ impl Server {
     }
 }
 
+/// The connections that there are.
+struct Seats {
+    most: usize,
+    patience: Duration,
+    /// The oldest first.
+    taken: Vec<Seat>,
+}
+
+struct Seat {
+    since: Instant,
+    asked: Arc<AtomicBool>,
+    task: AbortHandle,
+}
+
+impl Seats {
+    /// When there is room for one more. None: when somebody leaves.
+    fn room(&self) -> Option<Instant> {
+        if self.taken.len() < self.most {
+            return Some(Instant::now());
+        }
+        self.taken.iter().find(|seat| seat.is_idle()).map(|seat| seat.since + self.patience)
+    }
+
+    /// Ends the oldest one that has asked nothing, if there is no room.
+    fn make_room(&mut self) {
+        if self.taken.len() < self.most {
+            return;
+        }
+        if let Some(oldest) = self.taken.iter().position(Seat::is_idle) {
+            self.taken.remove(oldest).task.abort();
+            tracing::debug!("a control connection asked nothing while others wait: closed");
+        }
+    }
+
+    fn leave(&mut self) {
+        self.taken.retain(|seat| !seat.task.is_finished());
+    }
+}
+
+impl Seat {
+    fn is_idle(&self) -> bool {
+        !self.asked.load(Ordering::Relaxed)
+    }
+}
+
 /// The next connection, once there is room for it.
-async fn accept(
-    listener: &tokio::net::UnixListener,
-    free: Arc<Semaphore>,
-) -> (Option<OwnedSemaphorePermit>, io::Result<UnixStream>) {
-    // The semaphore is never closed.
-    let slot = free.acquire_owned().await.ok();
-    (slot, listener.accept().await.map(|(stream, _)| stream))
+async fn accept(listener: &tokio::net::UnixListener, room: Option<Instant>) -> io::Result<UnixStream> {
+    match room {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+    listener.accept().await.map(|(stream, _)| stream)
 }
 
 /// One connection, one request.
-async fn connection(stream: UnixStream, answers: Answers, limits: Limits, slot: Option<OwnedSemaphorePermit>) {
+async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked: Arc<AtomicBool>) {
     let peer = stream.peer_cred().map(|peer| Uid::from_raw(peer.uid()));
     let streaming = Arc::new(AtomicBool::new(false));
     let service = service_fn(|request| {
+        asked.store(true, Ordering::Relaxed);
         let (answers, streaming, peer) = (answers.clone(), streaming.clone(), peer.as_ref().ok().copied());
         async move {
             let response = match peer {
@@ -232,7 +286,6 @@ async fn connection(stream: UnixStream, answers: Answers, limits: Limits, slot: 
     if let Err(error) = done {
         tracing::debug!("control connection: {error}");
     }
-    drop(slot);
 }
 
 /// The supervisor's own user, and root.

@@ -174,6 +174,25 @@ async fn connections_that_dawdle_make_room() {
 }
 
 #[tokio::test]
+async fn whoever_asks_nothing_goes_first_when_there_is_no_room() {
+    let limits = Limits { connections: 4, time: Duration::from_secs(60), ..Limits::default() };
+    let fake = Fake::start(limits, 16, |_| Reply::Stopping);
+    let mut events = fake.client.events().await.unwrap();
+    assert!(matches!(events.next().await.unwrap(), Some(Event::Status(_))));
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        silent.push(UnixStream::connect(fake.client.path()).await.unwrap());
+    }
+    // Not a minute later, by when the silent ones would have had their time.
+    let begun = Instant::now();
+    fake.client.status().await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    // Whoever had asked is still there.
+    fake.events.send(Event::Service { phase: ServicePhase::Upgrading }).unwrap();
+    assert!(matches!(events.next().await.unwrap(), Some(Event::Service { .. })));
+}
+
+#[tokio::test]
 async fn who_asks_and_never_reads_is_dropped() {
     let limits = Limits { connections: 1, ..quick() };
     let fake = Fake::start(limits, 16, |_| Reply::Stopping);

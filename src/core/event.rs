@@ -80,7 +80,7 @@ pub enum Event {
 }
 
 /// What to do. The driver performs it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Resolve, fork, hand off, execute; answer with `Spawned` or `SpawnFailed`.
     Spawn {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::generation::InFlight;
 use super::recovery::Restarts;
-use super::stopping::Life;
+use super::stopping::{Life, Patience};
 use super::upgrade::{Pending, Versions};
 use super::{
     Action, Answer, End, Event, Failure, Generation, GenerationId, Kind, Notice, Phase, Policy, Request, Source, Time,
@@ -294,18 +294,18 @@ impl Machine {
         match phase {
             Phase::Spawning { .. } | Phase::Starting { .. } => {
                 self.candidate_failed(id, Failure::Exited(end), now);
-                self.sweep(id, alone, None, now);
+                self.sweep(id, alone, Patience::StopTime, now);
             }
             Phase::Serving { since } => {
                 self.incumbent_lost(id, end, Failure::DiedInBake(end), since, now);
-                self.sweep(id, alone, None, now);
+                self.sweep(id, alone, Patience::StopTime, now);
             }
             Phase::Standby { .. } => {
-                self.sweep(id, alone, None, now);
+                self.sweep(id, alone, Patience::StopTime, now);
                 self.standby_lost();
             }
-            Phase::Draining { deadline } => self.sweep(id, alone, Some(deadline), now),
-            Phase::Aborting | Phase::Stopping { .. } => self.sweep(id, alone, None, now),
+            Phase::Draining { deadline } => self.sweep(id, alone, Patience::RestOfDrain(deadline), now),
+            Phase::Aborting | Phase::Stopping { .. } => self.sweep(id, alone, Patience::StopTime, now),
             Phase::Killing { .. } => {
                 if alone {
                     self.release(id);

@@ -44,8 +44,7 @@ impl Machine {
             return;
         }
         let end = match (self.restarts.lost, failure) {
-            (Some(end), _) => end,
-            (None, Failure::Exited(end) | Failure::DiedInBake(end)) => end,
+            (Some(end), _) | (None, Failure::Exited(end) | Failure::DiedInBake(end)) => end,
             (None, Failure::Spawn | Failure::StartTimeout | Failure::HungInBake) => End::Unknown,
         };
         self.service_ended(end, now);

@@ -28,6 +28,15 @@ pub enum Life {
     Over,
 }
 
+/// How long what is left of a generation, after its main process, is waited for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Patience {
+    /// The stop time.
+    StopTime,
+    /// Until the end of its drain, or the stop time if that is longer; none is no end.
+    RestOfDrain(Option<Time>),
+}
+
 impl Life {
     pub(super) fn deadline(self) -> Option<Time> {
         match self {
@@ -159,14 +168,14 @@ impl Machine {
     }
 
     /// The main process was reaped. What is left of it gets the stop signal, and the rest of a drain's time.
-    pub(super) fn sweep(&mut self, id: GenerationId, alone: bool, drain: Option<Option<Time>>, now: Time) {
+    pub(super) fn sweep(&mut self, id: GenerationId, alone: bool, patience: Patience, now: Time) {
         if alone {
             return self.release(id);
         }
         let stop_by = now + self.policy.stop_timeout;
-        let kill_at = match drain {
-            None => Some(stop_by),
-            Some(deadline) => deadline.map(|deadline| deadline.max(stop_by)),
+        let kill_at = match patience {
+            Patience::StopTime => Some(stop_by),
+            Patience::RestOfDrain(deadline) => deadline.map(|deadline| deadline.max(stop_by)),
         };
         self.enter(id, Phase::Sweeping { kill_at });
         self.act(Action::Stop(id));

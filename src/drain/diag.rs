@@ -10,6 +10,10 @@ use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::Socket;
 
+/// Of a connection that a process has or could accept.
+const COMPLETE: StateFlags =
+    StateFlags::ESTABLISHED.union(StateFlags::CLOSE_WAIT).union(StateFlags::FIN_WAIT1).union(StateFlags::FIN_WAIT2);
+
 /// Room for an answer; the kernel fills up to 32 KiB at once.
 const BUFFER: usize = 32 * 1024;
 
@@ -33,12 +37,22 @@ fn family(address: IpAddr) -> u8 {
 }
 
 /// Calls `each` for every connection of which the local end has the port of one of these listeners.
-pub fn connections(listeners: &[SocketAddr], mut each: impl FnMut(Connection)) -> io::Result<()> {
+pub fn connections(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
+    at(listeners, &COMPLETE, each)
+}
+
+/// The same for connections of which the handshake is not over: the kernel does not say which of the sockets that listen
+/// there will get them.
+pub fn half_open(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
+    at(listeners, &StateFlags::SYN_RECV, each)
+}
+
+fn at(listeners: &[SocketAddr], states: &StateFlags, mut each: impl FnMut(Connection)) -> io::Result<()> {
     let mut asked: Vec<_> = listeners.iter().map(|listener| (family(listener.ip()), listener.port())).collect();
     asked.sort_unstable();
     asked.dedup();
     for (family, port) in asked {
-        dump(family, port, 0, &mut each)?;
+        dump(family, states, port, 0, &mut each)?;
     }
     Ok(())
 }
@@ -47,7 +61,7 @@ pub fn connections(listeners: &[SocketAddr], mut each: impl FnMut(Connection)) -
 pub fn far_side(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Connection>> {
     let mut found = None;
     for family in [AF_INET, AF_INET6] {
-        dump(family, remote.port(), local.port(), &mut |connection| {
+        dump(family, &COMPLETE, remote.port(), local.port(), &mut |connection| {
             if same(connection.remote, local) {
                 found = Some(connection);
             }
@@ -61,7 +75,13 @@ fn same(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port() && one.ip().to_canonical() == other.ip().to_canonical()
 }
 
-fn dump(family: u8, local_port: u16, remote_port: u16, each: &mut impl FnMut(Connection)) -> io::Result<()> {
+fn dump(
+    family: u8,
+    states: &StateFlags,
+    local_port: u16,
+    remote_port: u16,
+    each: &mut impl FnMut(Connection),
+) -> io::Result<()> {
     let mut id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     id.source_port = local_port;
     id.destination_port = remote_port;
@@ -69,7 +89,7 @@ fn dump(family: u8, local_port: u16, remote_port: u16, each: &mut impl FnMut(Con
         family,
         protocol: IPPROTO_TCP,
         extensions: ExtensionFlags::empty(),
-        states: StateFlags::ESTABLISHED | StateFlags::CLOSE_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2,
+        states: states.clone(),
         socket_id: id,
     };
     let mut header = NetlinkHeader::default();
@@ -116,6 +136,7 @@ fn dump(family: u8, local_port: u16, remote_port: u16, each: &mut impl FnMut(Con
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
 
     #[test]
@@ -131,6 +152,28 @@ mod tests {
             let mut count = 0;
             connections(&[listener.local_addr().unwrap()], |_| count += 1).unwrap();
             assert_eq!(count, 1, "{bind}");
+        }
+    }
+
+    #[test]
+    fn a_handshake_that_is_not_over_is_none_of_the_connections() {
+        for (bind, client) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")] {
+            let listener = TcpListener::bind(bind).unwrap();
+            // The kernel waits with the end of the handshake until data comes.
+            crate::sys::socket::set_defer_accept(&listener, 60).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut client = TcpStream::connect((client, address.port())).unwrap();
+            let halves = || {
+                let mut found = Vec::new();
+                half_open(&[address], |half| found.push(half.remote)).unwrap();
+                found
+            };
+            let [remote] = halves()[..] else { panic!("{bind}: {:?}", halves()) };
+            assert!(same(remote, client.local_addr().unwrap()), "{bind}: {remote}");
+            connections(&[address], |found| panic!("{found:?}")).unwrap();
+            client.write_all(b"x").unwrap();
+            let _accepted = listener.accept().unwrap();
+            assert_eq!(halves(), [], "{bind}");
         }
     }
 

@@ -75,8 +75,8 @@ pub enum ChannelError {
     #[error("the generation sent {0}; its first packet, and only that, is hello")]
     Hello(&'static str),
     /// More than a generation may leave.
-    #[error("the generation keeps more than {MAX_KEEPS} things or {MAX_KEPT_BYTES} bytes of state")]
-    KeepsTooMuch,
+    #[error("the generation keeps more than {MAX_KEEPS} things, {MAX_KEPT_BYTES} bytes of state, or {0} fds")]
+    KeepsTooMuch(usize),
     /// It does not read what it is sent.
     #[error("the generation does not read its handoff socket: {MAX_QUEUED} messages wait")]
     Deaf,
@@ -110,10 +110,12 @@ struct State {
     closed: bool,
 }
 
+#[derive(Default)]
 struct Reader {
-    buffer: Vec<u8>,
     keeps: usize,
     kept_bytes: usize,
+    kept_fds: usize,
+    most_fds: usize,
 }
 
 /// How far the queue got.
@@ -129,15 +131,16 @@ enum Flushed {
 
 impl Channel {
     /// A channel, and the generation's end of it, to be closed here once the generation has it. Hello and the listeners
-    /// are sent first; `incoming` is called with all that the generation says, and last with why no more comes.
-    /// Within a runtime only.
+    /// are sent first; `incoming` is called with all that the generation says, and last with why no more comes. It may
+    /// keep up to `most_fds` for others. Within a runtime only.
     pub fn pair(
         service: &str,
         generation: u32,
         listeners: &[(String, Arc<OwnedFd>)],
+        most_fds: usize,
         incoming: impl Fn(Incoming) + Send + Sync + 'static,
     ) -> io::Result<(Channel, OwnedFd)> {
-        Channel::with_batches(service, generation, listeners, MAX_FDS, incoming)
+        Channel::with_batches(service, generation, listeners, MAX_FDS, most_fds, incoming)
     }
 
     fn with_batches(
@@ -145,6 +148,7 @@ impl Channel {
         generation: u32,
         listeners: &[(String, Arc<OwnedFd>)],
         batch: usize,
+        most_fds: usize,
         incoming: impl Fn(Incoming) + Send + Sync + 'static,
     ) -> io::Result<(Channel, OwnedFd)> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
@@ -159,7 +163,7 @@ impl Channel {
             socket: Awaited::new(ours, Interest::READABLE | Interest::WRITABLE)?,
             incoming: Box::new(incoming),
             state: Mutex::new(State { queue, ..State::default() }),
-            reader: Mutex::new(Reader { buffer: vec![0; MAX_PACKET + 1], keeps: 0, kept_bytes: 0 }),
+            reader: Mutex::new(Reader { keeps: 0, kept_bytes: 0, kept_fds: 0, most_fds }),
             queued: Notify::new(),
         });
         // At once as far as the socket takes it: it lies there before the generation's first instruction.
@@ -251,7 +255,9 @@ impl Shared {
         if self.state().closed {
             return false;
         }
-        let received = match scm::receive(self.socket.as_fd(), &mut reader.buffer) {
+        // Not kept: most generations say little or nothing.
+        let mut buffer = vec![0; MAX_PACKET + 1];
+        let received = match scm::receive(self.socket.as_fd(), &mut buffer) {
             Ok(Some(received)) => received,
             Ok(None) => return false,
             Err(error) => {
@@ -264,7 +270,7 @@ impl Shared {
             self.close(Incoming::Closed);
             return false;
         }
-        match reader.understand(&received).and_then(|message| self.in_turn(message)) {
+        match reader.understand(&received, &buffer).and_then(|message| self.in_turn(message)) {
             Ok(message) => (self.incoming)(Incoming::Message { message, fds: received.fds }),
             Err(error) => {
                 self.close(Incoming::Malformed(error));
@@ -300,19 +306,20 @@ impl Shared {
 }
 
 impl Reader {
-    fn understand(&mut self, received: &scm::Received) -> Result<FromGeneration, ChannelError> {
+    fn understand(&mut self, received: &scm::Received, buffer: &[u8]) -> Result<FromGeneration, ChannelError> {
         if received.len > MAX_PACKET {
             return Err(HandoffError::TooLong.into());
         }
         if received.truncated {
             return Err(ChannelError::LostFds);
         }
-        let message = FromGeneration::decode(&self.buffer[..received.len], received.fds.len())?;
+        let message = FromGeneration::decode(&buffer[..received.len], received.fds.len())?;
         if let FromGeneration::Keep { name, state } = &message {
             self.keeps += 1;
             self.kept_bytes += name.len() + state.len();
-            if self.keeps > MAX_KEEPS || self.kept_bytes > MAX_KEPT_BYTES {
-                return Err(ChannelError::KeepsTooMuch);
+            self.kept_fds += received.fds.len();
+            if self.keeps > MAX_KEEPS || self.kept_bytes > MAX_KEPT_BYTES || self.kept_fds > self.most_fds {
+                return Err(ChannelError::KeepsTooMuch(self.most_fds));
             }
         }
         Ok(message)

@@ -34,12 +34,15 @@ impl Peer {
     }
 }
 
+/// How many a generation may keep here.
+const MOST_FDS: usize = 20;
+
 fn channel(listeners: &[(String, Arc<OwnedFd>)], batch: usize) -> (Channel, Peer, mpsc::UnboundedReceiver<Incoming>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let report = move |incoming| {
         let _nobody_asks = sender.send(incoming);
     };
-    let (channel, theirs) = Channel::with_batches("web", 3, listeners, batch, report).unwrap();
+    let (channel, theirs) = Channel::with_batches("web", 3, listeners, batch, MOST_FDS, report).unwrap();
     (channel, Peer(theirs), receiver)
 }
 
@@ -236,6 +239,13 @@ async fn more_than_a_generation_may_keep_is_refused() {
         }
     };
     assert!(error.contains("keeps more than"));
+    // Of fds, too.
+    let (_channel, peer, mut reports) = channel(&[], 2);
+    peer.hello();
+    let keep = FromGeneration::Keep { name: "x".to_owned(), state: Vec::new() }.encode().unwrap();
+    scm::send(peer.0.as_fd(), &keep, &[peer.0.as_fd(); MOST_FDS]).unwrap();
+    scm::send(peer.0.as_fd(), &keep, &[peer.0.as_fd()]).unwrap();
+    assert!(malformed(&mut reports).await.contains("keeps more than"));
 }
 
 #[tokio::test]

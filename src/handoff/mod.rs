@@ -1,3 +1,4 @@
-//! How a generation gets its listeners: `fds` (the environment, see [`crate::proto::listen_fds`]) and `socket`.
+//! How a generation gets its listeners: `fds` (the environment, see [`crate::proto::listen_fds`]), `socket` and `adopt`.
 
+pub mod adopt;
 pub mod channel;

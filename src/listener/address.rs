@@ -62,7 +62,7 @@ pub enum Host {
     Any,
     /// An IPv4 address, or all with 0.0.0.0.
     V4(Ipv4Addr),
-    /// An IPv6 address, or all with [::].
+    /// An IPv6 address, or all with `[::]`.
     V6 {
         /// The address.
         ip: Ipv6Addr,

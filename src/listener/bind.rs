@@ -169,11 +169,15 @@ pub(super) fn at_any_time(socket: &Socket, v6: bool, options: &Options) -> Resul
     if let Some(priority) = options.priority {
         socket.set_priority(priority).map_err(option("priority"))?;
     }
-    buffers(socket, options)
+    of_any_kind(socket, options)
 }
 
-fn buffers(socket: &Socket, options: &Options) -> Result<(), Why> {
+/// Sets what every kind of socket can have.
+fn of_any_kind(socket: &Socket, options: &Options) -> Result<(), Why> {
     let option = |option| move |source| Why::Option { option, source };
+    if options.nonblock {
+        socket.set_nonblocking(true).map_err(option("nonblock"))?;
+    }
     // Past the limits of net.core for those who may; others get what the limits allow.
     if let Some(size) = options.rcvbuf.and_then(|size| usize::try_from(size).ok()) {
         let forced = setsockopt(socket, sockopt::RcvBufForce, &size);
@@ -197,7 +201,7 @@ fn unix(spec: &ListenerSpec, kind: UnixKind, name: &UnixName) -> Result<(OwnedFd
         UnixKind::Seqpacket => Type::SEQPACKET,
     };
     let socket = Socket::new(Domain::UNIX, socket_type, None).map_err(Why::at("opening a socket"))?;
-    buffers(&socket, &spec.options)?;
+    of_any_kind(&socket, &spec.options)?;
     let file = match name {
         UnixName::Abstract(name) => {
             let address = [&[0], name.as_slice()].concat();

@@ -7,6 +7,7 @@
 //! | `stale` | files of Unix sockets |
 //! | [`inherit`] | sockets that systemd passed |
 //! | `open` | all of a service's listeners, from wherever each can be had |
+//! | [`steering`] | which of the sockets of one address gets a new connection |
 //! | [`error`], `holder` | why not, who is in the way, what to do |
 
 pub mod address;
@@ -18,6 +19,7 @@ mod open;
 pub mod options;
 pub mod spec;
 mod stale;
+pub mod steering;
 
 use std::io;
 use std::net::SocketAddr;

@@ -26,6 +26,8 @@ pub struct Options {
     pub freebind: bool,
     /// `IP_TRANSPARENT`: the address need not be ours at all.
     pub transparent: bool,
+    /// `O_NONBLOCK`: for servers that share the socket between processes and rely on whoever passes it to have set it.
+    pub nonblock: bool,
     /// `TCP_NODELAY` on every connection.
     pub nodelay: bool,
     /// `SO_KEEPALIVE` on every connection.
@@ -147,6 +149,13 @@ const KNOWN: &[Known] = &[
         fits: is_inet,
         read: |options, text| flag(text).map(|on| options.transparent = on),
         show: |options| shown_flag(options.transparent),
+    },
+    Known {
+        key: "nonblock",
+        wanted: FLAG,
+        fits: |_| true,
+        read: |options, text| flag(text).map(|on| options.nonblock = on),
+        show: |options| shown_flag(options.nonblock),
     },
     Known {
         key: "nodelay",

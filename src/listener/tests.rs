@@ -97,6 +97,17 @@ fn tcp_options_reach_the_kernel() {
 }
 
 #[test]
+fn a_socket_blocks_unless_it_is_told_not_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    for address in ["127.0.0.1:0", "udp://127.0.0.1:0", &format!("unix://{}", path.display())] {
+        assert!(!bound(address).status_flags().unwrap().contains(OFlag::O_NONBLOCK), "{address}");
+        let listener = bound(&format!("{address}?nonblock"));
+        assert!(listener.status_flags().unwrap().contains(OFlag::O_NONBLOCK), "{address}");
+    }
+}
+
+#[test]
 fn freebind_takes_an_address_that_is_not_there() {
     assert!(refused("192.0.2.1:0").contains("freebind"));
     assert_eq!(bound("192.0.2.1:0?freebind").local().unwrap().ip().to_string(), "192.0.2.1");

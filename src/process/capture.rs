@@ -107,6 +107,7 @@ impl fmt::Debug for Capture {
 
 async fn pump(pipe: Arc<Pipe>, fd: Awaited<Arc<OwnedFd>>) {
     while let Ok(mut ready) = fd.readable().await {
+        pipe.output.room().await;
         match pipe.read_some() {
             // Others get their turn, whatever a service writes.
             Step::Some(_) => tokio::task::yield_now().await,

@@ -55,6 +55,20 @@ pub enum SpawnError {
         /// Why not.
         errno: Errno,
     },
+    /// seccomp(2).
+    #[error("cannot catch bind(2) and listen(2) of the new process: {errno}; {remedy}")]
+    Trap {
+        /// Why not.
+        errno: Errno,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// No filter is known for it.
+    #[error(
+        "bind(2) and listen(2) can be caught on x86-64 and aarch64 only: use --handoff fds or --handoff socket on this \
+         machine"
+    )]
+    TrapUnknown,
     /// setrlimit(2).
     #[error("cannot set the limit {limit}: {errno}; only root may raise a hard limit: start zddsup with a higher one")]
     Limit {
@@ -140,6 +154,34 @@ pub enum SpawnError {
     },
 }
 
+impl SpawnError {
+    /// Whether it is about bind(2) and listen(2), which cannot be caught here.
+    #[must_use]
+    pub fn is_trap(&self) -> bool {
+        matches!(self, SpawnError::Trap { .. } | SpawnError::TrapUnknown)
+    }
+
+    pub(super) fn trap(errno: Errno) -> SpawnError {
+        let remedy = match errno {
+            Errno::EBUSY => {
+                "zddsup runs under such a filter already (another zddsup, WSL 2, a container's runtime), and the kernel \
+                 allows one: use --handoff fds or --handoff socket here"
+            }
+            Errno::EINVAL | Errno::ENOSYS => {
+                "it takes Linux 5.9 with seccomp filters, and no sandbox that hides them: use --handoff fds or --handoff \
+                 socket here"
+            }
+            Errno::EACCES | Errno::EPERM => {
+                "a sandbox or the container's seccomp profile forbids seccomp(2): allow it, or use --handoff fds or \
+                 --handoff socket"
+            }
+            Errno::EMFILE | Errno::ENFILE => "raise zddsup's limit of open files (ulimit -n)",
+            _ => "see seccomp(2)",
+        };
+        SpawnError::Trap { errno, remedy }
+    }
+}
+
 /// Puts a child's report into words.
 pub(super) fn explain(failed: Failed, launch: &Launch, held: bool) -> SpawnError {
     let Failed { step, errno, index } = failed;
@@ -150,6 +192,7 @@ pub(super) fn explain(failed: Failed, launch: &Launch, held: bool) -> SpawnError
     match step {
         Step::Group | Step::Signals => SpawnError::Group(errno),
         Step::Duplicate | Step::Place => SpawnError::Fds { index, errno },
+        Step::Trap => SpawnError::trap(errno),
         Step::Limit => {
             SpawnError::Limit { limit: launch.limits.get(index).map(ToString::to_string).unwrap_or_default(), errno }
         }

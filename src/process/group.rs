@@ -8,6 +8,10 @@
 //!
 //! Nothing that is older than the first process belongs to it, so that most of `/proc` is passed over cheaply. Each
 //! signal goes to a pidfd that was checked after it was opened: a pid that is used again is never hit.
+//!
+//! One that forks and exits while `/proc` is read may not be seen, and what it forked not either. But it is an orphan,
+//! and so our child, and stays there, dead, until we reap it: where there is a dead one that was not there before, the
+//! look was no good.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -31,6 +35,9 @@ const MOST_ROUNDS: usize = 32;
 
 /// In the middle of execve(2) a process' environment looks empty. One that was found so this often has none.
 const MOST_DOUBTS: usize = 4;
+
+/// How often it is looked whether none is left before the answer is no.
+const MOST_LOOKS: usize = 4;
 
 /// How long execve(2) is given until the next look.
 const A_MOMENT: Duration = Duration::from_millis(1);
@@ -75,6 +82,10 @@ pub struct Group {
 struct Known {
     /// Members that lived then: they stay members, whatever they do to get away.
     members: BTreeSet<Member>,
+    /// Our children that were dead.
+    dead: BTreeSet<Member>,
+    /// Those that lived then and are none: they do not become any.
+    strangers: BTreeSet<Member>,
     /// How often nothing could be said of a process.
     doubts: BTreeMap<Member, usize>,
     /// Nobody is left in the group and the session of the leader's number, so that it may be given to others.
@@ -92,7 +103,7 @@ struct Found {
 impl Group {
     /// Those of the generation with this first process, and this value of [`MARKER_VAR`].
     #[must_use]
-    pub fn new(leader: Member, marker: String) -> Self {
+    pub fn new(leader: Member, marker: &str) -> Self {
         let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
         Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
     }
@@ -105,8 +116,30 @@ impl Group {
 
     /// Whether none of them lives. One that is dead and was not reaped yet does not count.
     pub fn is_empty(&self) -> io::Result<bool> {
-        let found = self.look()?;
-        Ok(found.living.is_empty() && !found.in_doubt)
+        for _ in 0..MOST_LOOKS {
+            let found = self.look()?;
+            if !found.living.is_empty() {
+                break;
+            }
+            if !found.in_doubt {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a process is one of them. It is asked often by whoever floods a notify socket: most answers are known.
+    pub fn contains(&self, pid: Pid) -> io::Result<bool> {
+        let member = Member::of(pid)?;
+        if member.start_ticks < self.leader.start_ticks {
+            return Ok(false);
+        }
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.members.contains(&member) || known.strangers.contains(&member) {
+            return Ok(known.members.contains(&member));
+        }
+        drop(known);
+        Ok(self.look()?.living.contains(&member))
     }
 
     /// The pids of those that live.
@@ -119,10 +152,14 @@ impl Group {
         let mut seen = BTreeSet::new();
         let mut sent = 0;
         let mut refused = None;
-        for _ in 0..MOST_ROUNDS {
+        for round in 1..=MOST_ROUNDS {
             let found = self.look()?;
             let fresh: Vec<_> = found.living.into_iter().filter(|member| seen.insert(*member)).collect();
-            let again = found.in_doubt || (signal == Signal::SIGKILL && !fresh.is_empty());
+            // Any other signal is a request, and nothing waits for it for long.
+            let again = match signal {
+                Signal::SIGKILL => found.in_doubt || !fresh.is_empty(),
+                _ => found.in_doubt && round < MOST_LOOKS,
+            };
             for member in fresh {
                 match member.open().and_then(|pidfd| Ok(pidfd.signal(signal)?)) {
                     Ok(()) => sent += 1,
@@ -141,7 +178,7 @@ impl Group {
     }
 
     fn look(&self) -> io::Result<Found> {
-        let own = std::process::id().cast_signed();
+        let own = own_pid();
         let mut young = BTreeMap::new();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -169,21 +206,31 @@ impl Known {
             .partition(|(_, stat)| self.members.contains(&stat.member) || (!self.number_is_free && leads(stat)));
         adopt(&mut members, &mut others);
         let doubts = mem::take(&mut self.doubts);
+        let dead = |stat: &&Stat| !stat.lives && stat.parent == own_pid();
+        let dead: BTreeSet<_> = members.values().chain(others.values()).filter(dead).map(|stat| stat.member).collect();
+        let died = !dead.is_subset(&self.dead);
+        self.dead = dead;
         let candidates: Vec<_> = others.values().filter(|stat| stat.lives && !stat.of_kernel).copied().collect();
+        let strangers = mem::take(&mut self.strangers);
         for stat in candidates {
+            if strangers.contains(&stat.member) {
+                self.strangers.insert(stat.member);
+                continue;
+            }
             match is_marked(stat.member.pid) {
                 Marked::Yes => members.extend(others.remove_entry(&stat.member.pid)),
-                Marked::No => {}
+                Marked::No => drop(self.strangers.insert(stat.member)),
                 Marked::Unknown => {
                     self.doubts.insert(stat.member, doubts.get(&stat.member).map_or(1, |before| before + 1));
                 }
             }
         }
         adopt(&mut members, &mut others);
+        self.strangers.retain(|stranger| !members.contains_key(&stranger.pid));
         let living: Vec<_> = members.into_values().filter(|stat| stat.lives).map(|stat| stat.member).collect();
         self.members = living.iter().copied().collect();
         self.doubts.retain(|member, _| !self.members.contains(member));
-        Found { living, in_doubt: self.doubts.values().any(|&times| times < MOST_DOUBTS) }
+        Found { living, in_doubt: died || self.doubts.values().any(|&times| times < MOST_DOUBTS) }
     }
 }
 
@@ -215,6 +262,10 @@ pub fn signal_main(main: &PidFd, signal: Signal) -> nix::Result<()> {
         _ => {}
     }
     Ok(())
+}
+
+fn own_pid() -> i32 {
+    Pid::this().as_raw()
 }
 
 fn is_gone(error: &io::Error) -> bool {
@@ -307,6 +358,21 @@ mod tests {
         assert_eq!(look(Marked::Unknown), Found { living: Vec::new(), in_doubt: true });
         let member = Member { pid: 102, start_ticks: 10 };
         assert_eq!(look(Marked::Yes), Found { living: vec![member], in_doubt: false });
+    }
+
+    #[test]
+    fn where_one_died_meanwhile_another_look_is_needed() {
+        let mut known = known();
+        let mut dead = stat(102, own_pid(), 102, 102);
+        dead.1.lives = false;
+        let mut look = |stats: &[(i32, Stat)]| known.sort_out(LEADER, stats.iter().copied().collect(), |_| Marked::No);
+        assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: true });
+        // It is not reaped, and says nothing new.
+        assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: false });
+        // Another one's child is that one's business.
+        let mut others = stat(103, 1, 103, 103);
+        others.1.lives = false;
+        assert_eq!(look(&[dead, others]), Found { living: Vec::new(), in_doubt: false });
     }
 
     #[test]

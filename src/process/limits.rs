@@ -152,6 +152,13 @@ pub fn raise_nofile() -> io::Result<Option<Limit>> {
     Ok(Some(Limit { resource: Resource::RLIMIT_NOFILE, soft, hard }))
 }
 
+/// How many files this process may have open.
+#[must_use]
+pub fn own_nofile() -> usize {
+    // It cannot fail for a resource that there is.
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,28 +6,40 @@
 //! ```
 //!
 //! A thread, because nothing else suits every kind of stderr: a terminal, a file, a socket of the journal, a pipe that
-//! others have too, whose flags are not ours to change. When it is slow, the queue fills, and whole lines are left out:
-//! neither a service nor zddsup ever waits for it.
+//! others have too, whose flags are not ours to change. When it is slow, the queue fills; after a moment in which a burst
+//! can pass, whole lines are left out. So no service waits for it for long, and zddsup never.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::write;
+use tokio::sync::Notify;
+use tokio::time::timeout_at;
 
 pub use super::capture::Capture;
 pub use super::tail::Tail;
 
-/// What waits to be written, at most.
-const MOST_BYTES: usize = 1024 * 1024;
+/// When this much waits to be written, services have to wait a moment.
+const PLENTY: usize = 1024 * 1024;
+
+/// What waits at most: a whole pipe's content, a dead service's last words, fits on top.
+const MOST_BYTES: usize = PLENTY + 1024 * 1024 + 64 * 1024;
+
+/// What zddsup's log has for itself, so that no service can silence it.
+const RESERVE: usize = 128 * 1024;
 
 /// What is written at once.
 const CHUNK: usize = 32 * 1024;
+
+/// How long it may stay full before something is left out. A service that writes on meanwhile has its pipe's room.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A line without an end is not waited for any longer.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -48,6 +60,8 @@ struct Shared {
     wake: Condvar,
     /// All was written.
     idle: Condvar,
+    /// There is room again.
+    room: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -57,8 +71,21 @@ struct State {
     left_out: u64,
     /// What is written last goes on in the same line.
     mid_line: bool,
+    pressure: Pressure,
     writing: bool,
     closed: bool,
+}
+
+/// How things stand until the queue has emptied far enough.
+#[derive(Debug, Clone, Copy, Default)]
+enum Pressure {
+    /// Well.
+    #[default]
+    None,
+    /// Services wait for room, since then.
+    Since(Instant),
+    /// Waiting was of no use, and lines are left out: fewer and longer gaps, rather than one at each line.
+    LeavingOut,
 }
 
 /// Where something comes from: a line of it that lost its middle loses its end too.
@@ -66,6 +93,7 @@ struct State {
 pub(super) struct Source {
     /// How much of the current line was left out.
     skipping: Option<usize>,
+    is_log: bool,
 }
 
 impl Output {
@@ -97,6 +125,19 @@ impl Output {
         let _done_or_too_slow = shared.idle.wait_timeout_while(shared.lock(), limit, is_busy);
     }
 
+    /// Waits until there is room, or no longer.
+    pub(super) async fn room(&self) {
+        let shared = &self.0 .0;
+        loop {
+            let mut roomier = pin!(shared.room.notified());
+            roomier.as_mut().enable();
+            let Some(until) = shared.lock().full_until() else { return };
+            if timeout_at(until.into(), roomier).await.is_err() {
+                return;
+            }
+        }
+    }
+
     pub(super) fn push(&self, source: &mut Source, bytes: &[u8]) {
         let shared = &self.0 .0;
         shared.lock().push(source, bytes);
@@ -107,7 +148,7 @@ impl Output {
 /// For the log: each call is one record, which is written as a whole or left out.
 impl io::Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.push(&mut Source::default(), bytes);
+        self.push(&mut Source { is_log: true, ..Source::default() }, bytes);
         Ok(bytes.len())
     }
 
@@ -126,7 +167,7 @@ impl Drop for Handle {
 impl State {
     fn push(&mut self, source: &mut Source, bytes: &[u8]) {
         let bytes = source.after_skipped(bytes, &mut self.left_out);
-        let room = self.room();
+        let room = self.room(source);
         let fits = match bytes.get(..room) {
             // Up to the last end of a line that fits.
             Some(fitting) if bytes.len() > room => {
@@ -141,16 +182,40 @@ impl State {
             self.mid_line = !taken.ends_with(b"\n");
         }
         self.left_out += left.len() as u64;
+        if !left.is_empty() {
+            self.pressure = Pressure::LeavingOut;
+        }
         source.skipping = source.skipping.or((!left.is_empty() && !left.ends_with(b"\n")).then_some(0));
     }
 
-    /// Once full, it is half empty before it takes anything again: fewer and longer gaps.
-    fn room(&self) -> usize {
-        let room = MOST_BYTES.saturating_sub(self.queue.len());
-        if self.left_out > 0 && room < MOST_BYTES / 2 {
-            0
-        } else {
-            room
+    /// Until when to wait for room; none where there is some, or waiting was of no use.
+    fn full_until(&mut self) -> Option<Instant> {
+        if self.queue.len() <= PLENTY {
+            return None;
+        }
+        let now = Instant::now();
+        let since = match self.pressure {
+            Pressure::None => now,
+            Pressure::Since(since) => since,
+            Pressure::LeavingOut => return None,
+        };
+        self.pressure = Pressure::Since(since);
+        Some(since + PATIENCE).filter(|&until| now < until)
+    }
+
+    /// What may be taken from there.
+    fn room(&mut self, source: &Source) -> usize {
+        self.relax();
+        match self.pressure {
+            _ if source.is_log => (MOST_BYTES + RESERVE).saturating_sub(self.queue.len()),
+            Pressure::LeavingOut => 0,
+            Pressure::None | Pressure::Since(_) => MOST_BYTES.saturating_sub(self.queue.len()),
+        }
+    }
+
+    fn relax(&mut self) {
+        if self.queue.len() <= PLENTY / 2 {
+            self.pressure = Pressure::None;
         }
     }
 
@@ -211,7 +276,11 @@ impl Shared {
         }
         state.writing = true;
         let len = state.queue.len().min(CHUNK);
-        Some(state.queue.drain(..len).collect())
+        let chunk = state.queue.drain(..len).collect();
+        state.relax();
+        drop(state);
+        self.room.notify_waiters();
+        Some(chunk)
     }
 }
 
@@ -297,20 +366,25 @@ mod tests {
         state.push(&mut source, &vec![b'x'; MOST_BYTES]);
         state.push(&mut source, b"of the same line");
         assert_eq!((state.queue.len(), state.left_out), (MOST_BYTES, 16));
-        // Not before it is half empty.
+        // Not before there is a lot of room.
         state.queue.drain(..100);
         state.push(&mut Source::default(), b"other\n");
         assert_eq!(state.left_out, 22);
-        state.queue.clear();
+        // The log has its say all the same.
+        state.push(&mut Source { is_log: true, ..Source::default() }, b"log\n");
+        state.push(&mut Source::default(), b"another\n");
+        state.queue.drain(..MOST_BYTES - 100);
         state.push(&mut source, b", its end\nnext\n");
         let text = String::from_utf8(state.queue.into()).unwrap();
-        assert_eq!(text, "\nzddsup: 32 bytes of output were left out\nnext\n");
+        let wanted =
+            "\nzddsup: 22 bytes of output were left out\nlog\nzddsup: 18 bytes of output were left out\nnext\n";
+        assert_eq!(text, wanted);
     }
 
     #[test]
     fn a_line_without_an_end_is_not_skipped_for_ever() {
         let mut left_out = 0;
-        let mut source = Source { skipping: Some(0) };
+        let mut source = Source { skipping: Some(0), ..Source::default() };
         assert_eq!(source.after_skipped(&vec![b'x'; LONGEST_LINE], &mut left_out), b"");
         assert_eq!(source.after_skipped(b"x", &mut left_out), b"");
         assert_eq!(source.after_skipped(b"shown", &mut left_out), b"shown");

@@ -176,6 +176,16 @@ impl Program {
         [self.found(), self.path()].into_iter().find(|path| self.is_at(path))
     }
 
+    /// Whether the other one is the same file, found the same way and not changed in between.
+    #[must_use]
+    pub fn is_same(&self, other: &Program) -> bool {
+        let mark = |stat: &FileStat| {
+            let (modified, changed) = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
+            (stat.st_dev, stat.st_ino, stat.st_size, modified, changed)
+        };
+        (&self.found, &self.path, mark(&self.file)) == (&other.found, &other.path, mark(&other.file))
+    }
+
     /// Whether its content was changed in place, so that the version from then is lost.
     #[must_use]
     pub fn was_overwritten(&self) -> bool {
@@ -269,6 +279,23 @@ mod tests {
             let error = Program::resolve(name.as_ref(), path_var, dir.path()).unwrap_err().to_string();
             assert!(error.contains(part), "{name}: {error}");
         }
+    }
+
+    #[test]
+    fn knows_the_same_file_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        file(&root.join("tool"), "#!/bin/sh\n", 0o755);
+        let resolve = || Program::resolve("./tool".as_ref(), None, &root).unwrap();
+        let program = resolve();
+        assert!(program.is_same(&resolve()));
+        // As it was deployed by some: in place, with the same length.
+        file(&root.join("tool"), "#!/bin/ed\n", 0o755);
+        assert!(!program.is_same(&resolve()));
+        let program = resolve();
+        file(&root.join("other"), "#!/bin/ed\n", 0o755);
+        fs::rename(root.join("other"), root.join("tool")).unwrap();
+        assert!(!program.is_same(&resolve()));
     }
 
     #[test]

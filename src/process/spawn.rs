@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, Resource};
 use nix::sys::signal::{kill, Signal};
 use nix::sys::stat::{fstat, Mode, SFlag};
-use nix::unistd::{fchown, read, Pid};
+use nix::unistd::{fchown, Pid};
 use tokio::io::Interest;
 use tokio::sync::oneshot;
 
@@ -25,9 +25,10 @@ use super::limits::Limit;
 use super::program::Program;
 use super::reaper::Reaper;
 use crate::core::End;
-use crate::sys::exec::{self, Credentials, Failed, Forked, Image, Plan};
+use crate::sys::exec::{self, Credentials, Failed, Forked, Image, Plan, Report};
 use crate::sys::pidfd::PidFd;
 use crate::sys::readiness::Awaited;
+use crate::sys::seccomp::{Filter, Installed, Notifier};
 
 /// All that a process is to be. What is not said here it does not have: no other fd, no ignored or blocked signal.
 #[derive(Debug)]
@@ -60,6 +61,8 @@ pub struct Launch {
     pub oom_score_adj: Option<i32>,
     /// Whether its own pid is added to its environment, as `LISTEN_PID`.
     pub listen_pid: bool,
+    /// Whether bind(2) and listen(2), its own and those of all that it starts, wait for an answer from zddsup.
+    pub trap: bool,
 }
 
 /// A process that runs its program. It leads a process group of its own, and outlives zddsup on purpose.
@@ -71,6 +74,18 @@ pub struct Spawned {
     pub pidfd: PidFd,
     /// How it ended, from the reaper.
     pub end: oneshot::Receiver<End>,
+    /// Its calls, if they are caught.
+    pub trap: Option<Trap>,
+}
+
+/// Calls that wait for an answer.
+#[derive(Debug)]
+pub struct Trap {
+    /// Which they are.
+    pub notifier: Notifier,
+    /// Whether the process can gain no privileges by execve(2), since zddsup has none itself: setuid programs and file
+    /// capabilities do nothing for it.
+    pub no_new_privs: bool,
 }
 
 /// Starts a process, and waits until its program runs. Forks at the first poll; a future that is dropped after that kills
@@ -79,20 +94,31 @@ pub async fn spawn(launch: Launch, reaper: &Reaper) -> Result<Spawned, SpawnErro
     let held = held(&launch)?;
     let (mut starting, report) = Starting::fork(&launch, held, reaper)?;
     let outcome = match starting.hold() {
-        Ok(()) => read_report(report).await,
+        Ok(()) => read_reports(report).await,
         Err(error) => Err(error),
     };
-    match outcome {
-        Ok(None) => starting.finish(),
-        Ok(Some(failed)) => {
+    let error = match outcome {
+        Ok(Outcome::Executed(None)) => return starting.finish(None),
+        Ok(Outcome::Executed(Some(installed))) => match trap(installed) {
+            Ok(trap) => return starting.finish(Some(trap)),
+            Err(error) => error,
+        },
+        Ok(Outcome::Failed(failed)) => {
             starting.reaped(reaper).await;
-            Err(explain(failed, &launch, held))
+            return Err(explain(failed, &launch, held));
         }
-        Err(error) => {
-            starting.kill();
-            starting.reaped(reaper).await;
-            Err(SpawnError::Watch(error))
-        }
+        Err(error) => SpawnError::Watch(error),
+    };
+    starting.kill();
+    starting.reaped(reaper).await;
+    Err(error)
+}
+
+fn trap(installed: Installed) -> Result<Trap, SpawnError> {
+    match Notifier::new(installed.listener) {
+        Ok(notifier) => Ok(Trap { notifier, no_new_privs: installed.no_new_privs }),
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(SpawnError::trap(Errno::ENOSYS)),
+        Err(error) => Err(SpawnError::Watch(error)),
     }
 }
 
@@ -142,6 +168,7 @@ impl Starting {
         let fds: Vec<BorrowedFd<'_>> =
             [null.as_fd(), stdout, stderr].into_iter().chain(launch.fds.iter().map(AsFd::as_fd)).collect();
         check_room(fds.len())?;
+        let trap = launch.trap.then(|| Filter::bind_and_listen().ok_or(SpawnError::TrapUnknown)).transpose()?;
         let limits: Vec<_> = launch.limits.iter().map(|limit| (limit.resource, limit.soft, limit.hard)).collect();
         let identity = launch.identity.as_ref().filter(|identity| !identity.is_own());
         if let Some(identity) = identity {
@@ -163,6 +190,7 @@ impl Starting {
                 groups: &identity.groups,
             }),
             directory: &directory,
+            trap: trap.as_ref(),
         };
         let Forked { pid, report } = exec::spawn(&plan).map_err(SpawnError::Fork)?;
         let end = Some(reaper.watch(pid));
@@ -176,10 +204,10 @@ impl Starting {
     }
 
     /// Its program runs.
-    fn finish(&mut self) -> Result<Spawned, SpawnError> {
+    fn finish(&mut self, trap: Option<Trap>) -> Result<Spawned, SpawnError> {
         let gone = || SpawnError::Watch(Errno::ESRCH.into());
         let ((member, pidfd), end) = self.held.take().zip(self.end.take()).ok_or_else(gone)?;
-        Ok(Spawned { member, pidfd, end })
+        Ok(Spawned { member, pidfd, end, trap })
     }
 
     /// Waits until nothing is left of it.
@@ -217,16 +245,22 @@ impl Drop for Starting {
     }
 }
 
-/// Waits for end of file, which is success, or a report.
-async fn read_report(report: OwnedFd) -> io::Result<Option<Failed>> {
-    let report = Awaited::new(report, Interest::READABLE)?;
-    let mut bytes = [0; Failed::LEN];
+/// What became of a child.
+enum Outcome {
+    /// Its program runs.
+    Executed(Option<Installed>),
+    Failed(Failed),
+}
+
+async fn read_reports(reports: OwnedFd) -> io::Result<Outcome> {
+    let reports = Awaited::new(reports, Interest::READABLE)?;
+    let mut installed = None;
     loop {
-        let mut ready = report.readable().await?;
-        match ready.try_io(|fd| Ok(read(fd.get_ref(), &mut bytes)?)) {
-            Ok(Ok(0)) => return Ok(None),
-            Ok(Ok(_)) => return Ok(Failed::from_bytes(&bytes)),
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+        let mut ready = reports.readable().await?;
+        match ready.try_io(|fd| exec::receive(fd.get_ref().as_fd())) {
+            Ok(Ok(Report::Trapped(found))) => installed = Some(found),
+            Ok(Ok(Report::Executed)) => return Ok(Outcome::Executed(installed)),
+            Ok(Ok(Report::Failed(failed))) => return Ok(Outcome::Failed(failed)),
             Ok(Err(error)) => return Err(error),
             Err(_would_block) => {}
         }
@@ -252,7 +286,8 @@ fn nul(what: &'static str, text: &OsStr) -> SpawnError {
     SpawnError::Nul { what, text: text.to_string_lossy().into_owned() }
 }
 
-/// Each fd is open twice while they are moved, and the report's and the program's with them.
+/// Each fd is open twice while they are moved, and the report's and the program's with them. The filter's
+/// listener comes when that is over.
 fn check_room(fds: usize) -> Result<(), SpawnError> {
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|errno| SpawnError::Fork(errno.into()))?;
     let wanted = fds.saturating_mul(2).saturating_add(4);

@@ -1,7 +1,7 @@
 //! What `/proc` says of a process (proc(5)), as far as it matters here.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 
 use super::group::Member;
 
@@ -22,8 +22,10 @@ pub(super) struct Stat {
 
 impl Stat {
     pub(super) fn read(pid: i32) -> io::Result<Stat> {
-        let line = fs::read(format!("/proc/{pid}/stat"))?;
-        Stat::parse(pid, &line).ok_or_else(|| io::Error::other(format!("cannot read /proc/{pid}/stat")))
+        // A line is a few hundred bytes: one read, where fs::read takes six. All of /proc is read at each look.
+        let mut line = [0; 2048];
+        let length = fs::File::open(format!("/proc/{pid}/stat"))?.read(&mut line)?;
+        Stat::parse(pid, &line[..length]).ok_or_else(|| io::Error::other(format!("cannot read /proc/{pid}/stat")))
     }
 
     pub(super) fn parse(pid: i32, line: &[u8]) -> Option<Stat> {
@@ -87,7 +89,7 @@ mod tests {
 
     #[test]
     fn tells_what_a_process_was_started_with() {
-        let own = std::process::id().cast_signed();
+        let own = nix::unistd::Pid::this().as_raw();
         let (name, value) = std::env::vars().next().unwrap();
         assert_eq!(is_marked(own, format!("{name}={value}").as_bytes()), Marked::Yes);
         assert_eq!(is_marked(own, b"ZDDSUP_MARKER=nobody"), Marked::No);

@@ -105,7 +105,9 @@ mod tests {
 
     fn lines(pieces: &[&[u8]]) -> Vec<String> {
         let tail = Tail::default();
-        pieces.iter().for_each(|piece| tail.push(piece));
+        for piece in pieces {
+            tail.push(piece);
+        }
         tail.lines()
     }
 

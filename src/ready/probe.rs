@@ -12,13 +12,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::{killpg, Signal};
+use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use crate::config::ready::{Probe, Url};
 use crate::drain::{connections, diag};
+use crate::process::group::{Group, MARKER_VAR};
 use crate::process::program::Program;
 use crate::process::reaper::Reaper;
 use crate::process::spawn::{spawn, Launch};
@@ -122,7 +123,11 @@ async fn is_of_generation(stream: &TcpStream, context: &Context) -> Result<(), W
         match diag::far_side(local, address)? {
             Some(connection) if connection.inode != 0 => break connection.inode,
             Some(_) => sleep(ACCEPTED).await,
-            None => return Err(WhyNot::Answer(format!("{address} closed the connection at once"))),
+            None => {
+                let why =
+                    "closed the connection at once, or is not of this machine (notify and exec: ask nobody's socket)";
+                return Err(WhyNot::Answer(format!("{address} {why}")));
+            }
         }
     };
     if connections::has_socket(&(context.pids)()?, inode) {
@@ -159,18 +164,20 @@ async fn http(url: &Url, context: &Context) -> Result<(), WhyNot> {
 
 /// Runs a shell command in its own process group, and ends all of it with the attempt.
 async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
-    struct Group(nix::unistd::Pid);
-    impl Drop for Group {
+    struct EndedWithTheAttempt(Group);
+    impl Drop for EndedWithTheAttempt {
         fn drop(&mut self) {
-            let _gone_already = killpg(self.0, Signal::SIGKILL);
+            let _gone_already = self.0.signal_all(Signal::SIGKILL);
         }
     }
+    let marker = format!("{:032x}", fastrand::u128(..));
     let shell = Program::resolve("/bin/sh".as_ref(), None, Path::new("/")).map_err(io::Error::other)?;
     let null = || std::fs::OpenOptions::new().write(true).open("/dev/null").map(Into::into).map(Some);
     let mut env: Vec<_> = std::env::vars_os().collect();
     env.extend([
         ("ZDDSUP_SERVICE".into(), OsString::from(&context.service)),
         ("ZDDSUP_GENERATION".into(), context.generation.to_string().into()),
+        (MARKER_VAR.into(), OsString::from(&marker)),
         ("ZDDSUP_PID".into(), context.pid.to_string().into()),
     ]);
     let launch = Launch {
@@ -188,9 +195,10 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
         nice: None,
         oom_score_adj: None,
         listen_pid: false,
+        trap: false,
     };
     let spawned = spawn(launch, &context.reaper).await.map_err(io::Error::other)?;
-    let _all_of_it = Group(nix::unistd::Pid::from_raw(spawned.member.pid));
+    let _all_of_it = EndedWithTheAttempt(Group::new(spawned.member, &marker));
     match spawned.end.await {
         Ok(end) if end.is_success() => Ok(()),
         Ok(crate::core::End::Exited(code)) => Err(WhyNot::Command(format!("exited with status {code}"))),

@@ -51,7 +51,7 @@ impl Driver {
     /// Begins a count, beside the loop.
     pub(super) fn count(&mut self) {
         self.counting.began = Some(Instant::now());
-        let ports: Vec<_> = self.listeners.iter().filter_map(|listener| listener.local()).collect();
+        let ports = self.ports();
         let groups: Vec<_> = self
             .running
             .values()

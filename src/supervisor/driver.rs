@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::sync::{broadcast, mpsc};
 
+use super::adopting::Adopted;
 use super::counting::Counting;
 use super::reports::Reports;
 use super::running::Running;
@@ -24,6 +25,7 @@ use crate::process::output::Output;
 use crate::process::reaper::Reaper;
 use crate::process::spawn::{SpawnError, Spawned};
 use crate::ready::notify::Datagram;
+use crate::sys::seccomp::Notification;
 
 /// What tasks report to the loop.
 #[derive(Debug)]
@@ -40,6 +42,17 @@ pub enum Input {
     Settled(GenerationId),
     /// A probe did not succeed yet.
     WhyNot(GenerationId, String),
+    /// It called bind(2) or listen(2), and waits.
+    Caught(GenerationId, Notification),
+    /// It made no further socket for a while.
+    Quiet {
+        /// Which one.
+        generation: GenerationId,
+        /// How many it had made then.
+        count: u32,
+        /// Whether what is missing is not waited for any longer.
+        given_up: bool,
+    },
     /// A notify message.
     Notified(GenerationId, Datagram),
     /// A handoff message.
@@ -74,6 +87,9 @@ pub struct Driver {
     pub(super) state_file: PathBuf,
     pub(super) upward: Upward,
     pub(super) counting: Counting,
+    pub(super) adopted: Adopted,
+    /// Whether calls cannot be caught here.
+    pub(super) cannot_trap: bool,
     /// When to look again whether generations without a main process are gone.
     pub(super) sweep_due: Option<Instant>,
     /// Whether a generation ever said that it is ready.
@@ -107,6 +123,8 @@ impl Driver {
             Input::Ended(id, pid, end) => self.ended(id, pid, end),
             Input::Gone(id, pid, end) => self.gone(id, pid, end),
             Input::Probed(id) => self.happened(Event::Ready(id)),
+            Input::Caught(id, notification) => self.caught(id, &notification),
+            Input::Quiet { generation, count, given_up } => self.quiet(generation, count, given_up),
             Input::Settled(id) => self.settled_in(id),
             Input::WhyNot(id, why) => {
                 if let Some(running) = self.running.get_mut(&id) {
@@ -146,7 +164,7 @@ impl Driver {
     pub(super) fn due(&self) -> Option<Instant> {
         let core = self.machine.poll_timeout().map(|time| self.epoch + time.0);
         let watchdogs = self.running.values().filter_map(|running| running.watchdog.due);
-        watchdogs.chain(core).chain(self.sweep_due).chain(self.counting.due()).min()
+        watchdogs.chain(core).chain(self.sweep_due).chain(self.counting.due()).chain(self.adopted.due()).min()
     }
 
     /// The clock was looked at.
@@ -164,6 +182,9 @@ impl Driver {
         }
         if self.sweep_due.is_some_and(|due| due <= now) {
             self.sweep();
+        }
+        if self.adopted.due().is_some_and(|due| due <= now) {
+            self.tend_left();
         }
         if self.counting.due().is_some_and(|due| due <= now) {
             self.count();

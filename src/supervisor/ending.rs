@@ -11,6 +11,7 @@ use super::driver::{Driver, Input};
 use super::running::{Main, Running};
 use super::signals;
 use super::spawning::LOOK_AGAIN;
+use crate::config::{Drain, Handoff};
 use crate::control::types as control;
 use crate::core::stopping::Life;
 use crate::core::{End, Event, GenerationId, Phase};
@@ -18,7 +19,12 @@ use crate::handoff::channel::Outgoing;
 use crate::process::group::{signal_main, Group, Member};
 use crate::process::spawn::{SpawnError, Spawned};
 use crate::proto::handoff::ToGeneration;
+use crate::sys::memory;
 use crate::sys::pidfd::PidFd;
+
+/// How many messages are taken when a generation has ended: more than its queue holds (`net.unix.max_dgram_qlen` is 10, or
+/// 512 under systemd). Whoever floods it does not keep the end from being acted on.
+const LAST_WORDS: usize = 1024;
 
 impl Driver {
     pub(super) fn spawned(&mut self, id: GenerationId, result: Result<Spawned, SpawnError>) {
@@ -29,9 +35,19 @@ impl Driver {
                 self.watch_main(id, spawned.member, spawned.pidfd, Some(spawned.end));
                 self.happened(Event::Spawned(id));
                 self.reports.spawned(id, Instant::now());
+                if let Some(trap) = spawned.trap {
+                    self.watch_calls(id, trap);
+                }
                 self.listen_to(id);
                 self.await_ready(id);
                 self.record();
+            }
+            Err(error) if error.is_trap() && self.config.handoff == Handoff::Auto && !self.cannot_trap => {
+                tracing::warn!("a program that binds for itself cannot be upgraded without a gap here: {error}");
+                self.cannot_trap = true;
+                let source = running.source;
+                self.running.remove(&id);
+                self.spawn(id, source);
             }
             Err(error) => {
                 running.spawn_error = Some(error.to_string());
@@ -61,7 +77,7 @@ impl Driver {
         });
         let Some(running) = self.running.get_mut(&id) else { return };
         if running.group.is_none() {
-            running.group = Some(Arc::new(Group::new(member, running.marker.clone())));
+            running.group = Some(Arc::new(Group::new(member, &running.marker)));
         }
         running.main = Some(Main { member, pidfd, watch: task.abort_handle() });
     }
@@ -73,7 +89,8 @@ impl Driver {
             channel.catch_up();
         }
         if let Some(notify) = running.notify.clone() {
-            while let Ok(Some(datagram)) = notify.try_recv() {
+            for _ in 0..LAST_WORDS {
+                let Ok(Some(datagram)) = notify.try_recv() else { break };
                 self.notified(id, datagram);
             }
         }
@@ -134,7 +151,12 @@ impl Driver {
 
     pub(super) fn drain(&mut self, id: GenerationId) {
         self.leaves(id);
-        if self.tell_to_drain(id) {
+        if self.observes_drains() {
+            tracing::info!(generation = %id, "drains: {} once its last connection is gone", self.config.stop_signal);
+            if let Some(running) = self.running.get_mut(&id) {
+                running.quiet_looks = Some(0);
+            }
+        } else if self.tell_to_drain(id) {
             tracing::info!(generation = %id, "drains");
         } else {
             tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
@@ -142,6 +164,25 @@ impl Driver {
         }
         self.record();
         self.news_of(id);
+    }
+
+    /// Whether a generation gets nothing new once it is switched away from, and is left alone until what it has is gone.
+    fn observes_drains(&self) -> bool {
+        let steered = self.adopts() && !self.cannot_trap && self.machine.serving().is_some();
+        match self.config.drain {
+            Drain::Auto | Drain::Observe => steered,
+            Drain::Signal => false,
+        }
+    }
+
+    /// Connections of a generation were counted. Twice none, and none that waits: it has drained.
+    pub(super) fn observed(&mut self, id: GenerationId, count: u64) {
+        let waiting = self.has_waiting(id);
+        let Some(looks) = self.running.get_mut(&id).and_then(|running| running.quiet_looks.as_mut()) else { return };
+        *looks = if count == 0 && !waiting { *looks + 1 } else { 0 };
+        if *looks == 2 {
+            self.happened(Event::Drained(id));
+        }
     }
 
     /// By the handoff socket; false where nobody reads it. Nothing is said twice.
@@ -215,8 +256,13 @@ impl Driver {
 
     pub(super) fn release(&mut self, id: GenerationId) {
         self.repair_listeners();
+        self.restore_flags_once_gone(id);
         self.store.discard(id);
-        self.kept.lost(id);
+        let served = self.running.get(&id).is_some_and(|running| running.ready);
+        let unwanted = self.kept.lost(id, served);
+        if unwanted > 0 {
+            tracing::warn!(generation = %id, unwanted, "what former generations passed on was not taken: closed");
+        }
         self.reports.released(id, Instant::now());
         if let Some(running) = self.running.remove(&id) {
             tracing::info!(generation = %id, "is gone to its last process");
@@ -225,9 +271,13 @@ impl Driver {
             self.retired.push_front(retired);
             self.retired.truncate(5);
         }
+        self.leave_sockets(id);
         self.pass_on_kept();
         if self.is_being_stopped() {
             self.nobody_follows();
+        }
+        if self.kept.shrunk() {
+            memory::give_back();
         }
         self.forget_programs();
         self.record();

@@ -1,4 +1,4 @@
-//! What generations say: notify messages (sd_notify(3)) and handoff messages (docs/handoff.md).
+//! What generations say: notify messages (`sd_notify(3)`) and handoff messages (docs/handoff.md).
 //!
 //! Nothing here trusts the sender: who it is, is checked against the generation's processes, and what it says is a
 //! fact about itself only.
@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::signal::kill;
 use nix::unistd::{getpgid, Pid};
 
 use super::driver::Driver;
@@ -17,6 +19,7 @@ use crate::process::group::Member;
 use crate::proto::handoff::FromGeneration;
 use crate::proto::notify::Field;
 use crate::ready::notify::Datagram;
+use crate::sys::scm::Credentials;
 
 /// What a message asks for besides its fields that stand alone.
 #[derive(Default)]
@@ -31,7 +34,7 @@ impl Driver {
     /// A datagram on a generation's notify socket.
     pub(super) fn notified(&mut self, id: GenerationId, datagram: Datagram) {
         let sender = datagram.sender.pid;
-        if !self.is_of(id, sender) {
+        if !self.is_of(id, sender) && !self.was_of(id, datagram.sender) {
             tracing::warn!(generation = %id, pid = sender, "notify message from a process that is not of this generation: ignored");
             return;
         }
@@ -113,7 +116,15 @@ impl Driver {
         let leader = group.leader().pid;
         pid == leader
             || getpgid(Some(Pid::from_raw(pid))).is_ok_and(|pgid| pgid.as_raw() == leader)
-            || group.pids().is_ok_and(|pids| pids.contains(&pid))
+            || group.contains(Pid::from_raw(pid)).unwrap_or(false)
+    }
+
+    /// Whether a process that has ended may have been one of the generation's: `systemd-notify --ready` and its like are gone
+    /// before anybody can look. The kernel says which user it was: another one's word does not
+    /// count.
+    fn was_of(&self, id: GenerationId, sender: Credentials) -> bool {
+        let has_ended = sender.pid > 0 && kill(Pid::from_raw(sender.pid), None) == Err(Errno::ESRCH);
+        has_ended && self.running.get(&id).is_some_and(|running| running.uid.as_raw() == sender.uid)
     }
 
     /// MAINPID=: from now on that process' end is the generation's.
@@ -159,7 +170,10 @@ impl Driver {
                 self.news_of(id);
             }
             FromGeneration::Keep { name, state } => {
-                self.kept.keep(id, name, state, fds.into_iter().map(Arc::new).collect());
+                if !self.kept.keep(id, name, state, fds.into_iter().map(Arc::new).collect()) {
+                    tracing::warn!(generation = %id, "handoff socket closed: more is kept than the limits allow");
+                    running.channel = None;
+                }
                 self.pass_on_kept();
             }
             FromGeneration::Taken { id: kept } => self.kept.taken(id, kept),

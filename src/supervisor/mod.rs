@@ -6,6 +6,7 @@
 //! | [`driver`] | what it holds, and the list of actions and reports |
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
+//! | [`adopting`] | sockets that services make themselves: caught, and steered |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -16,6 +17,7 @@
 //! | [`recorded`], [`takeover`] | going on after a supervisor that was killed |
 //! | [`signals`], [`instance`], [`upward`] | signals; one supervisor a name; a supervisor above |
 
+mod adopting;
 mod counting;
 pub mod driver;
 mod ending;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::adopting::GIVEN_UP;
 use super::driver::{Driver, Input};
 use crate::config::Ready;
 use crate::core::{Event, GenerationId};
@@ -15,12 +16,13 @@ impl Driver {
     /// A candidate runs: waits for what shows that it is ready.
     pub(super) fn await_ready(&mut self, id: GenerationId) {
         let inbox = self.inbox.clone();
+        let settles_after = self.settles_after();
         let task = match &self.config.ready {
             // It says so itself.
-            Ready::Notify => return,
+            Ready::Notify | Ready::Listen => return,
             Ready::Auto if self.speaks => return,
             Ready::Auto => tokio::spawn(async move {
-                tokio::time::sleep(SETTLES_AFTER).await;
+                tokio::time::sleep(settles_after).await;
                 let _loop_is_gone = inbox.send(Input::Settled(id));
             }),
             Ready::Delay(delay) => {
@@ -57,6 +59,15 @@ impl Driver {
         }
     }
 
+    /// One that may still bind for itself is given more time for it.
+    fn settles_after(&self) -> Duration {
+        if self.adopts() && !self.cannot_trap {
+            GIVEN_UP
+        } else {
+            SETTLES_AFTER
+        }
+    }
+
     /// It said that it is ready: by a notify or a handoff message.
     pub(super) fn says_ready(&mut self, id: GenerationId) {
         match self.config.ready {
@@ -64,20 +75,24 @@ impl Driver {
                 self.speaks = true;
                 self.happened(Event::Ready(id));
             }
-            Ready::Delay(_) | Ready::Probe(_) => {}
+            Ready::Delay(_) | Ready::Probe(_) | Ready::Listen => {}
         }
     }
 
     /// It ran for [`SETTLES_AFTER`] and may be one that says nothing.
     pub(super) fn settled_in(&mut self, id: GenerationId) {
         let Some(running) = self.running.get(&id) else { return };
-        let has_spoken = running.said.anything || running.channel.as_ref().is_some_and(|channel| channel.has_spoken());
-        if running.ready || self.speaks || has_spoken {
+        let has_spoken = running.said.anything
+            || running.channel.as_ref().is_some_and(super::super::handoff::channel::Channel::has_spoken);
+        // One that makes its own sockets shows by them that it is there.
+        let listens = running.listens > 0 || !self.expected().is_empty();
+        if running.ready || self.speaks || has_spoken || listens {
             return;
         }
         tracing::warn!(
             generation = %id,
-            "ran for {SETTLES_AFTER:?} and said nothing: taken as ready; a probe (--ready http://…, exec:…) or READY=1 knows better"
+            "ran for {:?} and said nothing: taken as ready; a probe (--ready http://…, exec:…) or READY=1 knows better",
+            self.settles_after()
         );
         self.happened(Event::Ready(id));
     }

@@ -60,6 +60,9 @@ pub struct RecordedListener {
     pub name: String,
     /// Its inode in sockfs.
     pub inode: u64,
+    /// The generation that made it, where zddsup did not; each address in the kernel's order.
+    #[serde(default)]
+    pub adopted_from: Option<GenerationId>,
 }
 
 impl Recorded {
@@ -121,7 +124,7 @@ mod tests {
                 marker: "m".to_owned(),
                 role: Role::Serving,
             }],
-            vec![RecordedListener { name: "http".to_owned(), inode: 9 }],
+            vec![RecordedListener { name: "http".to_owned(), inode: 9, adopted_from: Some(GenerationId(7)) }],
         );
         recorded.write(&path).unwrap();
         assert_eq!(Recorded::read(&path), Some(recorded));

@@ -188,7 +188,7 @@ impl Reports {
             leaving: Vec::new(),
         });
         // What is still under way is never forgotten.
-        while self.entries.len() > REMEMBERED && self.entries.back().is_some_and(|entry| entry.is_settled()) {
+        while self.entries.len() > REMEMBERED && self.entries.back().is_some_and(Entry::is_settled) {
             self.entries.pop_back();
         }
         &mut self.entries[0]

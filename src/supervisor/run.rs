@@ -1,5 +1,6 @@
 //! From a configuration to the end of the service.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
@@ -7,6 +8,7 @@ use std::time::{Instant, SystemTime};
 use nix::sys::signal::Signal;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::adopting::Adopted;
 use super::counting::Counting;
 use super::driver::{Driver, Input};
 use super::instance::{Lock, LockError, PidFile};
@@ -15,19 +17,23 @@ use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
-use crate::config::{start_directory, ConfigError, ServiceConfig};
+use crate::config::{environment, start_directory, ConfigError, EnvError, ServiceConfig};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
 use crate::core::{Answer, Finish, Machine, Refusal, Request};
 use crate::listener::inherit::Inherited;
 use crate::listener::{self, BindError, Listener};
+use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
 
 /// News that a slow follower may be behind before some are left out.
 const EVENTS_HELD: usize = 256;
+
+/// Generations may keep fds for each other up to this part of what zddsup may have open: it needs some for itself.
+const KEPT_SHARE: usize = 4;
 
 /// Why a supervisor cannot begin. Nothing was spawned.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +50,12 @@ pub enum StartError {
     /// What systemd passed does not fit the configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The environment cannot be made.
+    #[error(transparent)]
+    Environment(#[from] EnvError),
+    /// The user or group is unknown.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The control socket cannot be had.
     #[error(transparent)]
     Control(#[from] server::BindError),
@@ -63,6 +75,23 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl StartError {
+    /// Whether the configuration is to blame.
+    #[must_use]
+    pub fn is_invalid(&self) -> bool {
+        matches!(self, StartError::Config(_) | StartError::Environment(_) | StartError::Identity(_))
+    }
+}
+
+/// What is had before the first spawn.
+struct Held {
+    listeners: Vec<Listener>,
+    nofile: Option<limits::Limit>,
+    reaper: Reaper,
+    output: Output,
+    state_file: PathBuf,
 }
 
 /// How a service ended.
@@ -88,6 +117,9 @@ pub fn run(config: ServiceConfig, inherited: Inherited, output: Output) -> Resul
 
 async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
     let system = |what| move |source| StartError::System { what, source };
+    // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
+    environment::for_generation(&config)?;
+    Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
     let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
@@ -106,10 +138,11 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let (commands, mut asked) = mpsc::channel(64);
     let (inbox, mut inputs) = mpsc::unbounded_channel();
     let (events, _) = broadcast::channel(EVENTS_HELD);
-    let (over, is_over) = oneshot::channel::<()>();
+    let (over, end) = oneshot::channel::<()>();
     let handle = Handle { commands, events: events.clone() };
-    let served = tokio::spawn(server.serve(handle, async { drop(is_over.await) }));
-    let mut driver = Driver::new(config, listeners, nofile, reaper, output, file("state"), inbox, events);
+    let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
+    let held = Held { listeners, nofile, reaper, output, state_file: file("state") };
+    let mut driver = Driver::new(config, held, inbox, events);
     driver.begin(orphans);
 
     let finish = loop {
@@ -126,7 +159,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     };
     let ended = driver.end(finish);
     drop(over);
-    let _cannot_panic = served.await;
+    let _cannot_panic = control.await;
     Ok(ended)
 }
 
@@ -144,25 +177,22 @@ fn write_pid_file(path: &Path) -> Result<PidFile, StartError> {
 impl Driver {
     fn new(
         config: ServiceConfig,
-        listeners: Vec<Listener>,
-        nofile: Option<limits::Limit>,
-        reaper: Reaper,
-        output: Output,
-        state_file: PathBuf,
+        held: Held,
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
+        let Held { listeners, nofile, reaper, output, state_file } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
             config,
             machine,
-            happenings: Default::default(),
+            happenings: VecDeque::new(),
             listeners,
-            running: Default::default(),
-            retired: Default::default(),
-            recipes: Default::default(),
-            kept: Keeping::default(),
+            running: BTreeMap::new(),
+            retired: VecDeque::new(),
+            recipes: BTreeMap::new(),
+            kept: Keeping::new(limits::own_nofile() / KEPT_SHARE),
             reports: Reports::default(),
             restarts: 0,
             inbox,
@@ -176,6 +206,8 @@ impl Driver {
             state_file,
             upward: Upward::default(),
             counting: Counting::default(),
+            adopted: Adopted::default(),
+            cannot_trap: false,
             sweep_due: None,
             speaks: false,
             told: None,

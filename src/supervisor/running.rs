@@ -4,25 +4,31 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
+use nix::unistd::Uid;
 use tokio::task::{AbortHandle, JoinHandle};
 
-use crate::core::{End, GenerationId};
+use crate::core::{End, GenerationId, Source};
 use crate::handoff::channel::Channel;
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
 use crate::ready::notify::NotifySocket;
 use crate::sys::pidfd::PidFd;
+use crate::sys::seccomp::Notifier;
 
 /// A generation's process and all that serves it.
 #[derive(Debug)]
 pub struct Running {
     /// Its number.
     pub id: GenerationId,
+    /// Which program it was to run.
+    pub source: Source,
     /// What it runs; none where it could not be resolved.
     pub program: Option<Arc<Program>>,
     /// By which its processes are found.
     pub marker: String,
+    /// Whom it runs as.
+    pub uid: Uid,
     /// When its spawn began.
     pub since: Instant,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
@@ -31,6 +37,12 @@ pub struct Running {
     pub group: Option<Arc<Group>>,
     /// Where it says READY=1; none for one that was taken over.
     pub notify: Option<Arc<NotifySocket>>,
+    /// Its bind(2) and listen(2), where they are caught.
+    pub notifier: Option<Arc<Notifier>>,
+    /// How often it called listen(2).
+    pub listens: u32,
+    /// Its drain is observed: how many looks in a row have found no connection of it.
+    pub quiet_looks: Option<u32>,
     /// The supervisor's end of its handoff socket.
     pub channel: Option<Channel>,
     /// Its stderr.

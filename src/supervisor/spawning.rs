@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::unistd::geteuid;
+
 use super::driver::{Driver, Input};
 use super::running::{Running, Said, Tasks, Watchdog};
 use crate::config::{environment, EnvError, Handoff};
@@ -16,6 +18,7 @@ use crate::process::group::MARKER_VAR;
 use crate::process::identity::{Identity, IdentityError};
 use crate::process::program::{Program, ProgramError};
 use crate::process::spawn::{spawn, Launch};
+use crate::proto::handoff::SOCKET_VAR;
 use crate::proto::{compat, listen_fds, placeholder};
 use crate::ready::notify::NotifySocket;
 
@@ -77,12 +80,17 @@ impl Driver {
     pub(super) fn spawn(&mut self, id: GenerationId, source: Source) {
         let mut running = Running {
             id,
+            source,
             program: None,
             marker: format!("{:032x}", fastrand::u128(..)),
+            uid: geteuid(),
             since: Instant::now(),
             main: None,
             group: None,
             notify: None,
+            notifier: None,
+            listens: 0,
+            quiet_looks: None,
             channel: None,
             capture: None,
             told_to_drain: None,
@@ -126,11 +134,14 @@ impl Driver {
             }
         };
         running.program = Some(Arc::clone(&recipe.program));
-        self.compute_digest(&recipe.program);
+        if recorded {
+            compute_digest(&recipe.program);
+        }
         let identity = match (&self.config.user, &self.config.group) {
             (None, None) => None,
             (user, group) => Some(Identity::resolve(user.as_deref(), group.as_deref())?),
         };
+        running.uid = identity.as_ref().map_or(running.uid, |identity| identity.uid);
         let mut handed = self.hand_off(id)?;
         let notify = NotifySocket::new().map_err(|source| LaunchError::Fd { what: "notify socket", source })?;
         let (capture, stderr) =
@@ -155,6 +166,7 @@ impl Driver {
             limits: self.nofile.into_iter().chain(self.config.limits.iter().copied()).collect(),
             nice: self.config.nice,
             oom_score_adj: self.config.oom_score_adj,
+            trap: self.adopts() && !self.cannot_trap,
         })
     }
 
@@ -167,12 +179,18 @@ impl Driver {
         };
         let path = env.get(OsStr::new("PATH")).map(OsString::as_os_str);
         let program = Program::resolve(&self.config.command[0], path, &directory)?;
-        Ok(Recipe { program: Arc::new(program), args: self.config.command.clone(), env, directory })
+        // An upgrade of the configuration alone: one open file for both, and one digest.
+        let held = self.recipes.values().map(|recipe| &recipe.program).find(|held| held.is_same(&program));
+        let program = held.map_or_else(|| Arc::new(program), Arc::clone);
+        if held.is_none() {
+            compute_digest(&program);
+        }
+        Ok(Recipe { program, args: self.config.command.clone(), env, directory })
     }
 
     /// Which fds it gets: listeners, then what was stored, then the handoff socket.
     fn hand_off(&mut self, id: GenerationId) -> Result<Handed, LaunchError> {
-        let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds);
+        let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds | Handoff::Adopt);
         let by_socket = matches!(self.config.handoff, Handoff::Auto | Handoff::Socket);
         let mut handed = Handed { fds: Vec::new(), listeners: Vec::new(), names: Vec::new(), channel: None };
         let stored = self.store.for_next();
@@ -192,7 +210,7 @@ impl Driver {
             let named: Vec<_> = sockets.chain(kept()).collect();
             let inbox = self.inbox.clone();
             let heard = move |incoming| drop(inbox.send(Input::Heard(id, incoming)));
-            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, heard)
+            let (channel, end) = Channel::pair(&self.config.name, id.0, &named, self.kept.most_fds(), heard)
                 .map_err(|source| LaunchError::Fd { what: "handoff socket", source })?;
             let number = handed.next_number();
             handed.fds.push(Arc::new(end));
@@ -213,34 +231,32 @@ impl Driver {
         for (name, value) in &recipe.env {
             env.insert(name.clone(), handed.expand(value, running.id)?);
         }
-        if let Some(identity) = identity {
-            for (name, value) in identity.environment() {
-                env.entry(name.into()).or_insert_with(|| value.into());
-            }
+        for (name, value) in identity.into_iter().flat_map(Identity::environment) {
+            env.entry(name.into()).or_insert(value);
         }
-        let mut add = |name: &str, value: String| drop(env.insert(name.into(), value.into()));
-        add(MARKER_VAR, running.marker.clone());
-        add("ZDDSUP_SERVICE", self.config.name.clone());
-        add("ZDDSUP_GENERATION", running.id.to_string());
-        add("NOTIFY_SOCKET", notify.address());
+        let mut own = vec![
+            (MARKER_VAR.to_owned(), running.marker.clone()),
+            ("ZDDSUP_SERVICE".to_owned(), self.config.name.clone()),
+            ("ZDDSUP_GENERATION".to_owned(), running.id.to_string()),
+            ("NOTIFY_SOCKET".to_owned(), notify.address()),
+        ];
         if let Some(every) = self.config.watchdog {
-            add("WATCHDOG_USEC", every.as_micros().to_string());
+            own.push(("WATCHDOG_USEC".to_owned(), every.as_micros().to_string()));
         }
         if let Some((_, number)) = &handed.channel {
-            add("ZDDSUP_SOCKET", number.to_string());
+            own.push((SOCKET_VAR.to_owned(), number.to_string()));
         }
         if !handed.names.is_empty() {
-            listen_fds::encode(&handed.names).into_iter().for_each(|(name, value)| add(name, value));
+            own.extend(listen_fds::encode(&handed.names).map(|(name, value)| (name.to_owned(), value)));
         }
-        if !handed.listeners.is_empty() {
-            let listeners: Vec<_> = handed.listeners.iter().map(Numbered::for_others).collect();
-            if self.config.compat.start_server {
-                compat::start_server(&listeners, running.id.0).into_iter().for_each(|(name, value)| add(&name, value));
-            }
-            if self.config.compat.einhorn {
-                compat::einhorn(&listeners).into_iter().for_each(|(name, value)| add(&name, value));
-            }
+        let listeners: Vec<_> = handed.listeners.iter().map(Numbered::for_others).collect();
+        if self.config.compat.start_server && !listeners.is_empty() {
+            own.extend(compat::start_server(&listeners, running.id.0));
         }
+        if self.config.compat.einhorn && !listeners.is_empty() {
+            own.extend(compat::einhorn(&listeners));
+        }
+        env.extend(own.into_iter().map(|(name, value)| (name.into(), value.into())));
         Ok(env.into_iter().collect())
     }
 
@@ -259,14 +275,6 @@ impl Driver {
             }
         });
         running.tasks.add(&task);
-    }
-
-    /// The digest is for people: computed beside, when nothing waits for it.
-    fn compute_digest(&self, program: &Arc<Program>) {
-        if program.sha256().is_none() {
-            let program = Arc::clone(program);
-            tokio::task::spawn_blocking(move || program.digest());
-        }
     }
 }
 
@@ -294,3 +302,11 @@ impl Handed {
 
 /// How often the sweep and the count look again, where nothing reports the change.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The digest is for people: computed beside, when nothing waits for it.
+fn compute_digest(program: &Arc<Program>) {
+    if program.sha256().is_none() {
+        let program = Arc::clone(program);
+        tokio::task::spawn_blocking(move || program.digest());
+    }
+}

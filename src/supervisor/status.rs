@@ -1,6 +1,7 @@
 //! The state, for people and programs.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::driver::Driver;
@@ -31,6 +32,11 @@ impl Driver {
                 .listeners
                 .iter()
                 .map(|listener| Listener { name: listener.name().to_owned(), address: listener.address() })
+                .chain(
+                    self.adopted
+                        .keys()
+                        .map(|key| Listener { name: "adopted".to_owned(), address: format!("tcp://{}", key.local()) }),
+                )
                 .collect(),
             upgrades: self.reports.list(now),
             pending: self.machine.pending().map(|pending| self.why_waiting(pending.kind)),
@@ -113,7 +119,7 @@ impl Driver {
         };
         let leaving = self.machine.generations().filter(|(_, generation)| generation.is_leaving()).count();
         if leaving > 0 {
-            line += &format!(", {leaving} draining");
+            let _fits = write!(line, ", {leaving} draining");
         }
         match self.machine.life() {
             Life::Running => {}
@@ -148,6 +154,7 @@ impl Driver {
             if let Some(running) = self.running.get_mut(id) {
                 running.connections = Some(count);
             }
+            self.observed(*id, count);
         }
         self.reports.connections(counts);
         self.count_over();
@@ -171,13 +178,13 @@ impl Driver {
             Failure::HungInBake => format!("{who} missed its watchdog's time in its bake"),
         };
         let Some(running) = candidate else { return why };
-        if let Some(errno) = running.said.errno {
-            why += &format!("; it said: {}", std::io::Error::from_raw_os_error(errno));
-        } else if let Some(status) = &running.said.status {
-            why += &format!("; it said: {status}");
+        let errno = running.said.errno.map(|errno| std::io::Error::from_raw_os_error(errno).to_string());
+        let said: Vec<_> = running.said.status.iter().chain(&errno).map(String::as_str).collect();
+        if !said.is_empty() {
+            let _fits = write!(why, "; it said: {}", said.join(": "));
         }
         if let (Failure::StartTimeout, Some(why_not)) = (failure, &running.why_not) {
-            why += &format!("; its probe: {why_not}");
+            let _fits = write!(why, "; its probe: {why_not}");
         }
         why
     }

@@ -1,4 +1,4 @@
-//! What generations leave with the supervisor: stored fds (FDSTORE in sd_notify(3)), and what is kept for the next
+//! What generations leave with the supervisor: stored fds (FDSTORE in `sd_notify(3)`), and what is kept for the next
 //! generation on the handoff socket.
 
 use std::collections::BTreeMap;
@@ -9,6 +9,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::fstat;
 
 use crate::core::GenerationId;
+use crate::proto::handoff::{MAX_KEEPS, MAX_KEPT_BYTES};
 
 /// A stored fd. It stays until it is removed, and every later generation gets a copy.
 #[derive(Debug, Clone)]
@@ -137,27 +138,62 @@ pub struct Kept {
     /// Who passed it on.
     pub from: GenerationId,
     sent_to: Option<GenerationId>,
+    /// How many could have taken it and did not.
+    passed_over: usize,
 }
+
+/// Whatever so many generations did not take is for nobody.
+const MOST_PASSED_OVER: usize = 3;
 
 /// What is on its way from one generation to the next. A copy is held until the receiver says that it has it, so that
 /// nothing is lost with a receiver that dies.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Keeping {
+    most_fds: usize,
     next: u64,
-    items: Vec<Kept>,
+    /// By their ids, so in their order.
+    items: BTreeMap<u64, Kept>,
+    /// Of all of them.
+    bytes: usize,
+    fds: usize,
+    /// More bytes than are worth a look at the allocator, since nothing was there.
+    was_large: bool,
 }
 
+/// From how many bytes on memory is given back.
+const LARGE: usize = 1024 * 1024;
+
 impl Keeping {
-    /// A generation passes something on.
-    pub fn keep(&mut self, from: GenerationId, name: String, state: Vec<u8>, fds: Vec<Arc<OwnedFd>>) {
+    /// For up to `most_fds` at a time.
+    #[must_use]
+    pub fn new(most_fds: usize) -> Self {
+        Keeping { most_fds, next: 0, items: BTreeMap::new(), bytes: 0, fds: 0, was_large: false }
+    }
+
+    /// How many fds it takes.
+    #[must_use]
+    pub fn most_fds(&self) -> usize {
+        self.most_fds
+    }
+
+    /// A generation passes something on. False when that is too much together with what others did; then it is closed.
+    pub fn keep(&mut self, from: GenerationId, name: String, state: Vec<u8>, fds: Vec<Arc<OwnedFd>>) -> bool {
+        let (all_bytes, all_fds) = (self.bytes + state.len(), self.fds + fds.len());
+        if self.items.len() >= MAX_KEEPS || all_bytes > MAX_KEPT_BYTES || all_fds > self.most_fds {
+            return false;
+        }
+        (self.bytes, self.fds) = (all_bytes, all_fds);
+        self.was_large |= all_bytes >= LARGE;
         self.next += 1;
-        self.items.push(Kept { id: self.next, name, state, fds, from, sent_to: None });
+        let id = self.next;
+        self.items.insert(id, Kept { id, name, state, fds, from, sent_to: None, passed_over: 0 });
+        true
     }
 
     /// What `to` has to be sent now: all that others passed on and nobody was sent.
     pub fn send_to(&mut self, to: GenerationId) -> Vec<Kept> {
         let mut sent = Vec::new();
-        for item in &mut self.items {
+        for item in self.items.values_mut() {
             if item.from != to && item.sent_to.is_none() {
                 item.sent_to = Some(to);
                 sent.push(item.clone());
@@ -168,15 +204,36 @@ impl Keeping {
 
     /// The receiver has it: the copy is dropped.
     pub fn taken(&mut self, by: GenerationId, id: u64) {
-        self.items.retain(|item| !(item.id == id && item.sent_to == Some(by)));
+        if self.items.get(&id).is_some_and(|item| item.sent_to == Some(by)) {
+            self.remove(id);
+        }
     }
 
-    /// The receiver is gone: what it did not acknowledge is sent to the next one.
-    pub fn lost(&mut self, receiver: GenerationId) {
-        for item in &mut self.items {
-            if item.sent_to == Some(receiver) {
+    /// A generation is gone: what it did not acknowledge is sent to the next one. One that `served` without ever asking
+    /// for anything did not want it either. Gives how many things nobody wants.
+    pub fn lost(&mut self, receiver: GenerationId, served: bool) -> usize {
+        for item in self.items.values_mut() {
+            let unsent = served && item.sent_to.is_none() && item.from < receiver;
+            if unsent || item.sent_to == Some(receiver) {
                 item.sent_to = None;
+                item.passed_over += 1;
             }
+        }
+        let unwanted = self.items.values().filter(|item| item.passed_over >= MOST_PASSED_OVER);
+        let unwanted: Vec<_> = unwanted.map(|item| item.id).collect();
+        unwanted.iter().for_each(|&id| self.remove(id));
+        unwanted.len()
+    }
+
+    /// Whether much was kept, and nothing is any more. True once.
+    pub fn shrunk(&mut self) -> bool {
+        self.items.is_empty() && std::mem::take(&mut self.was_large)
+    }
+
+    fn remove(&mut self, id: u64) {
+        if let Some(item) = self.items.remove(&id) {
+            self.bytes -= item.state.len();
+            self.fds -= item.fds.len();
         }
     }
 }
@@ -251,20 +308,52 @@ mod tests {
 
     #[test]
     fn what_is_kept_goes_to_another_and_again_if_that_one_dies() {
-        let mut keeping = Keeping::default();
-        keeping.keep(ONE, "connection".to_owned(), b"state".to_vec(), Vec::new());
+        let mut keeping = Keeping::new(0);
+        assert!(keeping.keep(ONE, "connection".to_owned(), b"state".to_vec(), Vec::new()));
         assert!(keeping.send_to(ONE).is_empty());
         let sent = keeping.send_to(GenerationId(2));
         assert_eq!(sent.len(), 1);
         assert!(keeping.send_to(GenerationId(2)).is_empty());
-        keeping.lost(GenerationId(2));
+        keeping.lost(GenerationId(2), true);
         assert_eq!(keeping.send_to(GenerationId(3))[0].id, sent[0].id);
         keeping.taken(GenerationId(2), sent[0].id);
-        keeping.lost(GenerationId(3));
+        keeping.lost(GenerationId(3), true);
         assert_eq!(keeping.send_to(GenerationId(4)).len(), 1);
         keeping.taken(GenerationId(4), sent[0].id);
-        keeping.lost(GenerationId(4));
+        keeping.lost(GenerationId(4), true);
         assert!(keeping.send_to(GenerationId(5)).is_empty());
+    }
+
+    #[test]
+    fn what_nobody_takes_is_not_kept_for_ever() {
+        let mut keeping = Keeping::new(0);
+        keeping.keep(GenerationId(2), "connection".to_owned(), Vec::new(), Vec::new());
+        // One that came before, one that never served, and who kept it: it was for none of them.
+        assert_eq!(
+            keeping.lost(ONE, true) + keeping.lost(GenerationId(3), false) + keeping.lost(GenerationId(2), true),
+            0
+        );
+        assert_eq!(keeping.lost(GenerationId(4), true), 0);
+        assert_eq!(keeping.send_to(GenerationId(5)).len(), 1);
+        assert_eq!(keeping.lost(GenerationId(5), true), 0);
+        assert_eq!(keeping.lost(GenerationId(6), true), 1);
+        assert!(keeping.send_to(GenerationId(7)).is_empty());
+    }
+
+    #[test]
+    fn no_more_is_kept_than_there_is_room_for() {
+        let mut keeping = Keeping::new(2);
+        let keep = |keeping: &mut Keeping, generation, state: usize, fds: usize| {
+            let fds = std::iter::repeat_n(Arc::new(pipe().0), fds).collect::<Vec<_>>();
+            keeping.keep(GenerationId(generation), "x".to_owned(), vec![0; state], fds)
+        };
+        assert!(keep(&mut keeping, 1, 1, 1) && keep(&mut keeping, 2, 0, 1));
+        assert!(!keep(&mut keeping, 3, 0, 1), "fds");
+        assert!(!keep(&mut keeping, 3, MAX_KEPT_BYTES, 0), "state");
+        assert!(keep(&mut keeping, 3, MAX_KEPT_BYTES - 1, 0) && !keeping.shrunk());
+        assert_eq!(keeping.send_to(GenerationId(4)).len(), 3);
+        keeping.taken(GenerationId(4), 1);
+        assert!(keep(&mut keeping, 1, 1, 1), "there is room again");
     }
 
     #[test]

@@ -16,15 +16,19 @@ impl Driver {
         if let (true, Some(from)) = (switched_back, from) {
             self.restore_flags(from);
         }
+        self.steer_to(to, from);
         self.store.commit(to);
+        // It has called listen(2) by now, if it does so with a backlog of its own.
+        self.repair_listeners();
         if let Some(running) = self.running.get_mut(&to) {
             running.ready = true;
             running.watchdog.fed(Instant::now());
             running.why_not = None;
         }
-        match from {
-            Some(from) => tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}"),
-            None => tracing::info!(generation = %to, "serves"),
+        if let Some(from) = from {
+            tracing::info!(generation = %to, from = %from, "serves in the place of generation {from}");
+        } else {
+            tracing::info!(generation = %to, "serves");
         }
         self.pass_on_kept();
         self.upward.ready();
@@ -65,6 +69,15 @@ impl Driver {
 
     pub(super) fn flags(&self) -> Vec<OFlag> {
         self.listeners.iter().map(|listener| listener.status_flags().unwrap_or(OFlag::empty())).collect()
+    }
+
+    /// A generation that never served set flags again while it was being ended, after they were restored. A later
+    /// candidate has flags of its own.
+    pub(super) fn restore_flags_once_gone(&self, id: GenerationId) {
+        let never_served = self.running.get(&id).is_some_and(|running| !running.ready);
+        if never_served && self.running.keys().next_back() == Some(&id) {
+            self.restore_flags(id);
+        }
     }
 
     /// The sockets' status flags as they were before a candidate touched them.

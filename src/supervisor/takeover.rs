@@ -1,5 +1,5 @@
 //! Going on after a supervisor that was killed: who runs with which sockets is written down, and the next supervisor of
-//! that name takes the sockets out of the living processes (pidfd_getfd(2)). No connection is refused in between: the
+//! that name takes the sockets out of the living processes (`pidfd_getfd(2)`). No connection is refused in between: the
 //! generation that serves never stopped listening.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::unistd::Pid;
+use nix::sys::stat::fstat;
+use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
 
 use super::driver::Driver;
@@ -17,7 +18,7 @@ use super::recorded::{Recorded, RecordedGeneration, RecordedListener, Role};
 use super::running::{Running, Said, Tasks, Watchdog};
 use super::spawning::Recipe;
 use crate::config::environment;
-use crate::core::{GenerationId, Machine, Phase};
+use crate::core::{GenerationId, Machine, Phase, Source};
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
@@ -28,6 +29,7 @@ use crate::sys::pidfd::PidFd;
 pub struct Orphans {
     generations: Vec<Orphan>,
     sockets: BTreeMap<String, OwnedFd>,
+    adopted: Vec<(GenerationId, OwnedFd)>,
 }
 
 /// A generation that outlived its supervisor.
@@ -45,14 +47,19 @@ impl Orphans {
         let Some(recorded) = Recorded::read(state_file) else { return Orphans::default() };
         let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
         let mut sockets = BTreeMap::new();
+        let mut adopted = Vec::new();
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            match mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
-                Some(fd) => drop(sockets.insert(listener.name, fd)),
-                None => tracing::warn!(listener = listener.name, "no living generation holds its socket any more"),
+            if let Some(fd) = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
+                match listener.adopted_from {
+                    Some(owner) => adopted.push((owner, fd)),
+                    None => drop(sockets.insert(listener.name, fd)),
+                }
+            } else {
+                tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
             }
         }
-        Orphans { generations, sockets }
+        Orphans { generations, sockets, adopted }
     }
 
     /// Takes out the sockets, by the names that they had.
@@ -66,7 +73,7 @@ impl Orphan {
         let member = Member { pid: recorded.main_pid, start_ticks: recorded.main_start_ticks };
         let main = member.open().ok().map(|pidfd| (member, pidfd));
         let leader = Member { pid: recorded.pid, start_ticks: recorded.start_ticks };
-        let group = Group::new(leader, recorded.marker.clone());
+        let group = Group::new(leader, &recorded.marker);
         let lives = main.is_some() || !group.is_empty().unwrap_or(true);
         lives.then_some(Orphan { recorded, main, group })
     }
@@ -97,6 +104,9 @@ impl Driver {
         if orphans.generations.is_empty() {
             return false;
         }
+        for (owner, socket) in orphans.adopted {
+            self.adopted.found(owner, socket);
+        }
         let mut incumbent = None;
         let mut leaving = Vec::new();
         for Orphan { recorded, main, group } in orphans.generations {
@@ -115,12 +125,17 @@ impl Driver {
             let stderr = main.as_ref().and_then(|(_, pidfd)| pidfd.take_fd(2).ok());
             let running = Running {
                 id,
+                source: Source::Recorded(id),
                 program: recipe.as_ref().map(|recipe| Arc::clone(&recipe.program)),
                 marker: recorded.marker,
+                uid: geteuid(),
                 since: Instant::now(),
                 main: None,
                 group: Some(Arc::new(group)),
                 notify: None,
+                notifier: None,
+                listens: 0,
+                quiet_looks: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),
                 told_to_drain: None,
@@ -155,7 +170,16 @@ impl Driver {
         let listeners = self
             .listeners
             .iter()
-            .map(|listener| RecordedListener { name: listener.name().to_owned(), inode: listener.inode() })
+            .map(|listener| RecordedListener {
+                name: listener.name().to_owned(),
+                inode: listener.inode(),
+                adopted_from: None,
+            })
+            .chain(self.adopted.sockets().map(|(owner, socket)| RecordedListener {
+                name: String::new(),
+                inode: fstat(socket).map_or(0, |found| found.st_ino),
+                adopted_from: Some(owner),
+            }))
             .collect();
         if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
             let path = self.state_file.display();

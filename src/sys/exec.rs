@@ -1,8 +1,14 @@
 //! fork(2) and execve(2) of a generation.
 //!
 //! zddsup has threads, so the child may only do what is async-signal-safe (signal-safety(7)): everything is prepared
-//! before the fork, and the child is a list of system calls. The first one that fails is reported over a pipe, which a
+//! before the fork, and the child is a list of system calls. The first one that fails is reported over a socket, which a
 //! successful execve(2) closes.
+
+mod report;
+
+pub use self::report::{receive, Failed, Report, Step};
+
+use self::report::{step, Reporter};
 
 use std::ffi::{c_char, c_int, CStr, CString};
 use std::io;
@@ -11,12 +17,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::libc;
 use nix::sys::resource::{getrlimit, rlim_t, setrlimit, Resource};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::stat::{umask, Mode};
-use nix::unistd::{fork, getpid, pipe2, setpgid, ForkResult, Gid, Pid, Uid};
+use nix::unistd::{fork, getpid, setpgid, ForkResult, Gid, Pid, Uid};
+
+use super::seccomp::Filter;
 
 /// What is executed.
 #[derive(Debug, Clone, Copy)]
@@ -63,76 +70,8 @@ pub struct Plan<'a> {
     pub credentials: Option<Credentials<'a>>,
     /// Working directory, entered as the child's user.
     pub directory: &'a CStr,
-}
-
-/// What the child does, in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Step {
-    /// setpgid(2): a process group of its own.
-    Group,
-    /// fcntl(2): every fd to where no target is.
-    Duplicate,
-    /// dup3(2): every fd to its target.
-    Place,
-    /// setpriority(2).
-    Nice,
-    /// Writing to `/proc/self/oom_score_adj`.
-    OomScore,
-    /// setrlimit(2).
-    Limit,
-    /// setgroups(2).
-    Groups,
-    /// setresgid(2).
-    Gid,
-    /// setresuid(2).
-    Uid,
-    /// chdir(2).
-    Directory,
-    /// `pthread_sigmask(3)`: no signal blocked.
-    Signals,
-    /// execve(2), execveat(2).
-    Execute,
-}
-
-const STEPS: [Step; 12] = [
-    Step::Group,
-    Step::Duplicate,
-    Step::Place,
-    Step::Nice,
-    Step::OomScore,
-    Step::Limit,
-    Step::Groups,
-    Step::Gid,
-    Step::Uid,
-    Step::Directory,
-    Step::Signals,
-    Step::Execute,
-];
-
-/// What went wrong in the child.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Failed {
-    /// The system call.
-    pub step: Step,
-    /// Its errno.
-    pub errno: Errno,
-    /// Which fd or limit it was about, counted from 0.
-    pub index: usize,
-}
-
-impl Failed {
-    /// How many bytes a report has.
-    pub const LEN: usize = 12;
-
-    /// Reads a child's report.
-    #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<Failed> {
-        let mut words = bytes.chunks_exact(4).filter_map(|word| Some(i32::from_ne_bytes(word.try_into().ok()?)));
-        let (step, errno, index) = (words.next()?, words.next()?, words.next()?);
-        let step = STEPS.into_iter().find(|known| *known as i32 == step)?;
-        Some(Failed { step, errno: Errno::from_raw(errno), index: usize::try_from(index).ok()? })
-    }
+    /// Which of its calls are caught.
+    pub trap: Option<&'a Filter>,
 }
 
 /// A child on its way to execve(2).
@@ -140,13 +79,13 @@ impl Failed {
 pub struct Forked {
     /// Its pid. It was not reaped yet.
     pub pid: Pid,
-    /// Not blocking: end of file once the program runs, [`Failed::LEN`] bytes before it if it never will.
+    /// What becomes of it: to be received until [`Report::Executed`] or [`Report::Failed`].
     pub report: OwnedFd,
 }
 
 /// Forks a child that follows the plan. It leads a process group of its own, whoever looks first.
 pub fn spawn(plan: &Plan<'_>) -> io::Result<Forked> {
-    let (report, child_end) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let (report, child_end) = report::channel()?;
     let mut child = Child::prepare(plan, child_end.as_fd())?;
     // No handler may run in the child, and no signal may end it, before its dispositions are the default ones.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
@@ -154,7 +93,7 @@ pub fn spawn(plan: &Plan<'_>) -> io::Result<Forked> {
     let forked = unsafe { fork() };
     if let Ok(ForkResult::Child) = forked {
         let failed = child.run();
-        child.tell(failed);
+        child.report.failed(failed);
         // SAFETY: ends the process without running what belongs to the parent (atexit(3), destructors).
         unsafe { libc::_exit(127) };
     }
@@ -178,7 +117,7 @@ struct Child<'a> {
     oom_score_adj: Option<String>,
     /// Where each fd is at the moment.
     at: Vec<RawFd>,
-    report: RawFd,
+    report: Reporter,
     held: Option<RawFd>,
     /// The first number that is no target.
     free: RawFd,
@@ -204,7 +143,7 @@ impl<'a> Child<'a> {
             listen_pid,
             oom_score_adj: plan.oom_score_adj.map(|score| score.to_string()),
             at: plan.fds.iter().map(AsRawFd::as_raw_fd).collect(),
-            report: report.as_raw_fd(),
+            report: Reporter::at(report.as_raw_fd()),
             held: match plan.image {
                 Image::Path(_) => None,
                 Image::Held(fd) => Some(fd.as_raw_fd()),
@@ -227,6 +166,8 @@ impl<'a> Child<'a> {
         self.place_fds()?;
         self.close_others();
         self.priorities()?;
+        // As whoever zddsup is: its privilege makes it unnecessary that the program may gain none.
+        self.trap()?;
         // After the last fd is made: a limit below their numbers does not close them.
         for (index, &(resource, soft, hard)) in self.plan.limits.iter().enumerate() {
             step(Step::Limit, setrlimit(resource, soft, hard)).map_err(|failed| Failed { index, ..failed })?;
@@ -250,7 +191,7 @@ impl<'a> Child<'a> {
     /// the way first, the report's and the program's own too.
     fn place_fds(&mut self) -> Result<(), Failed> {
         let above = self.free + 2;
-        self.report = duplicate(self.report, above, 0)?;
+        self.report = Reporter::at(duplicate(self.report.fd(), above, 0)?);
         if let Some(held) = &mut self.held {
             *held = duplicate(*held, above, 0)?;
         }
@@ -260,7 +201,7 @@ impl<'a> Child<'a> {
         for (index, (&at, target)) in self.at.iter().zip(0..).enumerate() {
             place(at, target, 0, index)?;
         }
-        self.report = place(self.report, self.free, libc::O_CLOEXEC, 0)?;
+        self.report = Reporter::at(place(self.report.fd(), self.free, libc::O_CLOEXEC, 0)?);
         if let Some(held) = self.held {
             self.held = Some(place(held, self.free + 1, libc::O_CLOEXEC, 0)?);
         }
@@ -301,6 +242,14 @@ impl<'a> Child<'a> {
         Ok(())
     }
 
+    /// Nobody answers the calls until zddsup has the listener, and none of the steps to come is caught.
+    fn trap(&self) -> Result<(), Failed> {
+        let Some(filter) = self.plan.trap else { return Ok(()) };
+        let installed = step(Step::Trap, filter.install())?;
+        // Its copy is closed here: the program must not be able to answer itself.
+        step(Step::Trap, self.report.trapped(&installed))
+    }
+
     /// `LISTEN_PID` is the pid of the process that runs the program: nobody knows it before the fork.
     fn write_pid(&mut self) {
         let Some(buffer) = &mut self.listen_pid else { return };
@@ -335,16 +284,6 @@ impl<'a> Child<'a> {
             }
         }
     }
-
-    fn tell(&self, failed: Failed) {
-        let words = [failed.step as i32, failed.errno as i32, c_int::try_from(failed.index).unwrap_or(0)];
-        // SAFETY: a buffer of that length; so few bytes are written to an empty pipe as a whole.
-        unsafe { libc::write(self.report, words.as_ptr().cast(), Failed::LEN) };
-    }
-}
-
-fn step<T>(step: Step, result: nix::Result<T>) -> Result<T, Failed> {
-    result.map_err(|errno| Failed { step, errno, index: 0 })
 }
 
 fn duplicate(fd: RawFd, above: RawFd, index: usize) -> Result<RawFd, Failed> {

@@ -4,9 +4,15 @@
 #[cfg(feature = "cli")]
 pub mod exec;
 #[cfg(feature = "cli")]
+pub mod memory;
+#[cfg(feature = "cli")]
 pub mod pidfd;
 pub mod readiness;
 pub mod scm;
+#[cfg(feature = "cli")]
+pub mod seccomp;
 pub mod socket;
+#[cfg(feature = "cli")]
+pub mod steer;
 #[cfg(feature = "cli")]
 pub mod wait;

@@ -24,6 +24,14 @@ impl PidFd {
         owned(fd).map(PidFd)
     }
 
+    /// Holds a thread: its own fds are taken then, and its process' first thread may be gone. Before Linux 6.9 EINVAL.
+    pub fn open_thread(tid: Pid) -> io::Result<PidFd> {
+        // PIDFD_THREAD has the value of O_EXCL.
+        // SAFETY: pidfd_open(2) takes two integers and touches no memory.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, tid.as_raw(), libc::O_EXCL) };
+        owned(fd).map(PidFd)
+    }
+
     /// Another one for the same process.
     pub fn try_clone(&self) -> io::Result<PidFd> {
         self.0.try_clone().map(PidFd)

@@ -6,6 +6,9 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// `enum` in `net/tcp_states.h`; part of the ABI of `TCP_INFO`.
+const TCP_LISTEN: u8 = 10;
+
 /// Lets that many connections send data with their first packet (`TCP_FASTOPEN`, tcp(7)).
 pub fn set_fastopen(socket: impl AsFd, queue: i32) -> io::Result<()> {
     set_tcp(socket, libc::TCP_FASTOPEN, queue)
@@ -36,6 +39,19 @@ fn set_tcp(socket: impl AsFd, option: libc::c_int, value: libc::c_int) -> io::Re
 
 /// The queue limit that a listening TCP socket has: what listen(2) was told, as the kernel capped it.
 pub fn tcp_backlog(socket: impl AsFd) -> io::Result<u32> {
+    // In state LISTEN this field is sk_max_ack_backlog (tcp_get_info in net/ipv4/tcp.c).
+    Ok(tcp_info(socket)?.tcpi_sacked)
+}
+
+/// How many connections wait in the queue of a listening TCP socket: complete, and accepted by nobody. None when it does
+/// not listen.
+pub fn queue_length(socket: impl AsFd) -> io::Result<Option<u32>> {
+    let info = tcp_info(socket)?;
+    // In state LISTEN this field is sk_ack_backlog.
+    Ok((info.tcpi_state == TCP_LISTEN).then_some(info.tcpi_unacked))
+}
+
+fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
     // SAFETY: tcp_info is plain numbers, for which zero is a value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -50,21 +66,30 @@ pub fn tcp_backlog(socket: impl AsFd) -> io::Result<u32> {
         )
     };
     if result == 0 {
-        // In state LISTEN this field is sk_max_ack_backlog (tcp_get_info in net/ipv4/tcp.c).
-        Ok(info.tcpi_sacked)
+        Ok(info)
     } else {
         Err(io::Error::last_os_error())
     }
 }
 
+/// Whether something can be read: on a UDP socket, whether a datagram waits. One may be empty, so that no count of bytes
+/// tells.
+pub fn is_readable(socket: impl AsFd) -> io::Result<bool> {
+    polled(socket, libc::POLLIN)
+}
+
 /// Whether shutdown(2) was called on a socket for reading, which a listening Unix socket does not come back from.
 pub fn is_shut_down(socket: impl AsFd) -> io::Result<bool> {
-    let mut polled = libc::pollfd { fd: socket.as_fd().as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    polled(socket, libc::POLLRDHUP)
+}
+
+fn polled(socket: impl AsFd, event: libc::c_short) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: socket.as_fd().as_raw_fd(), events: event, revents: 0 };
     // SAFETY: one live pollfd is given and its fd is borrowed for the call, which does not wait.
     if unsafe { libc::poll(&raw mut polled, 1, 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(polled.revents & libc::POLLRDHUP != 0)
+    Ok(polled.revents & event != 0)
 }
 
 /// First of the fds that systemd passes (`sd_listen_fds(3)`).
@@ -106,6 +131,24 @@ mod tests {
     fn backlog_is_read_back() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(tcp_backlog(&listener).unwrap(), 128);
+    }
+
+    #[test]
+    fn the_queue_is_counted() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert_eq!(queue_length(&listener).unwrap(), Some(0));
+        let client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        while !is_readable(&listener).unwrap() {}
+        assert_eq!(queue_length(&listener).unwrap(), Some(1));
+        assert_eq!(queue_length(&client).unwrap(), None);
+    }
+
+    #[test]
+    fn an_empty_datagram_can_be_read() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(!is_readable(&socket).unwrap());
+        socket.send_to(b"", socket.local_addr().unwrap()).unwrap();
+        while !is_readable(&socket).unwrap() {}
     }
 
     #[test]

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test program uses its own part.
 
 pub mod load;
+pub mod real;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
@@ -73,8 +74,18 @@ impl Setup {
     pub fn within<S: AsRef<std::ffi::OsStr>>(dir: Arc<tempfile::TempDir>, args: impl IntoIterator<Item = S>) -> Setup {
         let mut command = Command::new(ZDDSUP);
         command.args(["run", "--name", "web"]).args(args).env("XDG_RUNTIME_DIR", dir.path()).current_dir(dir.path());
-        command.env_remove("NOTIFY_SOCKET").env("PWD", dir.path());
+        command.env_remove("NOTIFY_SOCKET").env("PWD", dir.path()).stdin(Stdio::null());
         Setup { dir, command }
+    }
+
+    /// Started by another program, which execs what its arguments end with. To be called before [`Setup::command`].
+    #[must_use]
+    pub fn through(self, wrapper: &[&str]) -> Setup {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        command.current_dir(self.dir.path()).env_remove("NOTIFY_SOCKET").stdin(Stdio::null());
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Setup { dir: self.dir, command }
     }
 
     /// To change its environment, directory, stdio.
@@ -86,7 +97,7 @@ impl Setup {
     #[must_use]
     pub fn spawn(mut self) -> Supervisor {
         // Its own process group: a test's signals reach it alone.
-        let mut child = self.command.process_group(0).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = self.command.process_group(0).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, into) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
@@ -170,6 +181,16 @@ impl Supervisor {
         self.try_status().unwrap_or_else(|| panic!("no status\n{}", self.log()))
     }
 
+    /// How long it takes to say what its status is.
+    #[track_caller]
+    pub fn answers_within(&self, limit: Duration) -> Duration {
+        let begin = Instant::now();
+        let _any = self.status();
+        let took = begin.elapsed();
+        assert!(took < limit, "its status took {took:?}\n{}", self.log());
+        took
+    }
+
     /// The generation that serves.
     #[must_use]
     pub fn serving(&self) -> Generation {
@@ -190,31 +211,27 @@ impl Supervisor {
     /// Waits until the status is as told; looks again at each event, and at a clock only for what no event tells.
     pub fn wait_until(&self, what: &str, is: impl Fn(&Status) -> bool) -> Status {
         let deadline = Instant::now() + PATIENCE;
-        let mut events = self.follow(deadline);
+        let mut events = self.follow();
         loop {
             let status = self.try_status();
             if let Some(status) = status.filter(|status| is(status)) {
                 return status;
             }
             assert!(Instant::now() < deadline, "waited in vain until {what}: {:#?}\n{}", self.try_status(), self.log());
-            match &mut events {
-                Some(stream) => {
-                    let mut line = String::new();
-                    match stream.read_line(&mut line) {
-                        Ok(0) => events = self.follow(deadline),
-                        Ok(_) | Err(_) => {}
-                    }
-                }
+            let next = events.as_mut().map(|events| events.read_line(&mut String::new()));
+            match next {
+                Some(Ok(1..) | Err(_)) => {}
+                Some(Ok(0)) => events = self.follow(),
                 None => {
                     // It has not bound its control socket yet, or is gone.
                     std::thread::sleep(Duration::from_millis(5));
-                    events = self.follow(deadline);
+                    events = self.follow();
                 }
             }
         }
     }
 
-    fn follow(&self, _deadline: Instant) -> Option<BufReader<UnixStream>> {
+    fn follow(&self) -> Option<BufReader<UnixStream>> {
         let mut stream = UnixStream::connect(self.control()).ok()?;
         // Not everything that a status shows is an event: a look now and then.
         stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();

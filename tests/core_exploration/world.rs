@@ -81,7 +81,7 @@ impl World {
     pub fn happens(&mut self, event: Event) {
         match event {
             Event::Spawned(id) => drop(self.processes.insert(id, Process::Running)),
-            Event::SpawnFailed(id) => drop(self.processes.insert(id, Process::Gone)),
+            Event::SpawnFailed(id) | Event::Emptied(id) => drop(self.processes.insert(id, Process::Gone)),
             Event::Ready(id) => {
                 if self.processes.get(&id).is_some_and(|process| matches!(process, Process::Asked | Process::Running)) {
                     self.ready.insert(id);
@@ -91,7 +91,6 @@ impl World {
                 let left = if alone { Process::Gone } else { Process::MainGone };
                 self.processes.insert(generation, left);
             }
-            Event::Emptied(id) => drop(self.processes.insert(id, Process::Gone)),
             Event::Drained(_) | Event::Extended(..) | Event::WatchdogExpired(_) | Event::Timeout => {}
         }
     }
@@ -161,8 +160,7 @@ impl World {
         let replaced = after.serving().is_some_and(|serving| serving != id && self.ready.contains(&serving));
         let ending = !matches!(after.life(), Life::Running);
         let lost = match cause {
-            Some(Event::Exited { generation, .. }) => generation == id,
-            Some(Event::WatchdogExpired(generation)) => generation == id,
+            Some(Event::Exited { generation, .. } | Event::WatchdogExpired(generation)) => generation == id,
             _ => false,
         };
         self.require(READY_FIRST, replaced || ending || lost);

@@ -121,7 +121,7 @@ fn go() {
     let mut build = Command::new(go);
     build.args(["build", "-o", &server, &source("go/main.go")]).current_dir(dir.path());
     build.envs([("CGO_ENABLED", "0"), ("GO111MODULE", "off"), ("GOFLAGS", ""), ("GOTOOLCHAIN", "local")]);
-    let built = build.env("GOCACHE", &cache).env("GOPATH", dir.path().join("path")).output().unwrap();
-    assert!(built.status.success(), "{built:?}");
+    let output = build.env("GOCACHE", &cache).env("GOPATH", dir.path().join("path")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     five_upgrades(&["--ready", "notify"], &[&server]);
 }

@@ -44,6 +44,7 @@ pub fn launch(program: &Arc<Program>, args: &[&str]) -> Launch {
         nice: None,
         oom_score_adj: None,
         listen_pid: false,
+        trap: false,
     }
 }
 

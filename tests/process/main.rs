@@ -6,3 +6,5 @@ mod children;
 mod failures;
 mod groups;
 mod inheritance;
+mod output;
+mod trapped;

@@ -28,6 +28,8 @@ pub struct Flags {
     pub listen_backlog: Option<i32>,
     pub watchdog: Option<Watchdog>,
     pub fdstore: Vec<String>,
+    pub handoff_hostile: Option<String>,
+    pub fork_chains: usize,
 }
 
 /// How it says READY=1.
@@ -102,6 +104,8 @@ impl Flags {
             "--watchdog" => self.watchdog = Some(Watchdog::Feed),
             "--watchdog-then-hang" => self.watchdog = Some(Watchdog::ThenHang),
             "--fdstore" => self.fdstore.push(value()?),
+            "--handoff-hostile" => self.handoff_hostile = Some(value()?),
+            "--fork-chains" => self.fork_chains = number(&value()?)?,
             _ => return Err(format!("unknown flag {name}")),
         }
         Ok(())

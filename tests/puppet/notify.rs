@@ -29,6 +29,16 @@ pub fn send(path: &str, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
     Ok(())
 }
 
+/// Sends a text, then `BARRIER=1`, and waits until the supervisor closes what came with it (`sd_notify_barrier(3)`).
+pub fn barrier(text: &str) -> std::io::Result<bool> {
+    let path = std::env::var("NOTIFY_SOCKET").map_err(std::io::Error::other)?;
+    send(&path, text.as_bytes(), &[])?;
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    send(&path, b"BARRIER=1", &[write.as_raw_fd()])?;
+    drop(write);
+    super::web::wait(&[&read], Some(std::time::Duration::from_secs(60)))
+}
+
 /// Gives a file with this content to the supervisor to keep.
 pub fn store(name: &str, content: &str) -> std::io::Result<()> {
     let mut file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?);

@@ -21,17 +21,22 @@
 //! --shutdown-listener    calls shutdown(2) on its listeners at TERM
 //! --watchdog             WATCHDOG=1 twice an interval; --watchdog-then-hang stops after three
 //! --fdstore NAME         gives a file to the fd store, with its version as content
+//! --handoff-hostile HOW  once it serves: garbage, oversized, fds, before-hello, empty, hellos, flood, keep-fds,
+//!                        keep-state, deaf (see hostile.rs)
+//! --fork-chains N        processes in sessions of their own that fork every 20 ms and exit, so that no pid lasts
 //! ```
 //!
 //! Paths: `/`, `/health`, `/slow?ms=N`, `/big?bytes=N`, `/env`, `/fds`, `/inherited` (what it was started with),
 //! `/signals` (that came), `/stored` (what it got back from the fd store), `/grandchild` (its pid), `/stderr?text=T`,
-//! `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N`.
+//! `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N&times=N`,
+//! `/barrier?text=T` (answers once the supervisor has taken that text).
 //!
 //! TERM: it stops accepting, answers with `Connection: close`, lets an idle connection send one more request for 2 s,
 //! and exits with 0.
 
 mod children;
 mod flags;
+mod hostile;
 mod inherited;
 mod listeners;
 mod notify;
@@ -99,6 +104,7 @@ fn main() {
         nix::unistd::setsid().expect("a child leads no group");
     }
     let grandchild = flags.grandchild.map(children::spawn_grandchild);
+    hostile::walk_through_pids(flags.fork_chains, Duration::from_millis(20));
     wait_for_signals_in_one_thread();
 
     let given = listeners::inherited(daemon);
@@ -185,6 +191,9 @@ impl Puppet {
         if std::env::var_os(DAEMON).is_some() {
             // The first process waits for this line.
             println!("ready");
+        }
+        if let Some(what) = self.flags.handoff_hostile.clone() {
+            std::thread::spawn(move || hostile::on_handoff(&what));
         }
         if let Some((after, code)) = self.flags.exit_after {
             std::thread::spawn(move || {

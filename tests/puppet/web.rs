@@ -98,11 +98,15 @@ fn answer(puppet: &Puppet, target: &str) -> (&'static str, String) {
             let mut bytes = value("text").unwrap_or_default().into_bytes();
             bytes.resize(bytes.len().max(number("bytes").unwrap_or(0) as usize), b'x');
             let fds = vec![std::io::stderr().as_raw_fd(); number("fds").unwrap_or(0) as usize];
-            match notify::send(&socket, &bytes, &fds) {
+            match (0..number("times").unwrap_or(1)).try_for_each(|_| notify::send(&socket, &bytes, &fds)) {
                 Ok(()) => puppet.name(),
                 Err(error) => format!("{error}"),
             }
         }
+        "/barrier" => match notify::barrier(&value("text").unwrap_or_default()) {
+            Ok(true) => puppet.name(),
+            other => format!("{other:?}"),
+        },
         _ => return ("404 Not Found", format!("no {path}")),
     };
     ("200 OK", body)

@@ -23,17 +23,26 @@ impl Deref for Stage {
 impl Stage {
     /// `zddsup run --listen 127.0.0.1:0 FLAGS… -- puppet --script FILE`, until version 1 serves.
     pub fn start(flags: &[&str], puppet_flags: &str) -> Stage {
-        let stage = Stage::spawn(flags, puppet_flags);
+        Stage::start_on("127.0.0.1:0", flags, puppet_flags)
+    }
+
+    /// The same, with another listener.
+    pub fn start_on(listen: &str, flags: &[&str], puppet_flags: &str) -> Stage {
+        let stage = Stage::spawn_on(listen, flags, puppet_flags);
         stage.wait_until("the first generation serves", |status| status.serving.is_some());
         stage
     }
 
-    /// The same, and nothing is waited for.
+    /// As [`Stage::start`], and nothing is waited for.
     pub fn spawn(flags: &[&str], puppet_flags: &str) -> Stage {
+        Stage::spawn_on("127.0.0.1:0", flags, puppet_flags)
+    }
+
+    fn spawn_on(listen: &str, flags: &[&str], puppet_flags: &str) -> Stage {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         let script = dir.path().join("script");
         write(&script, puppet_flags);
-        let mut args = vec!["--listen", "127.0.0.1:0"];
+        let mut args = vec!["--listen", listen];
         args.extend(flags);
         let (puppet, path) = (puppet(), script.display().to_string());
         args.extend(["--", &puppet, "--script", &path]);
@@ -47,23 +56,23 @@ impl Stage {
 
     /// A connection per request.
     pub fn load(&self) -> Load {
-        self.begin(self.config())
+        begin(self.config())
     }
 
     /// Requests on connections that are used again.
     pub fn keep_alive_load(&self) -> Load {
-        self.begin(self.config().keep_alive())
+        begin(self.config().keep_alive())
     }
 
     fn config(&self) -> Config {
         Config { workers: 2, ..Config::new(Target::Tcp(self.address())) }
     }
+}
 
-    fn begin(&self, config: Config) -> Load {
-        let load = Load::start(config);
-        assert!(load.more(20, PATIENCE), "no answers: {}", load.so_far());
-        load
-    }
+fn begin(config: Config) -> Load {
+    let load = Load::start(config);
+    assert!(load.more(20, PATIENCE), "no answers: {}", load.so_far());
+    load
 }
 
 /// One flag a line: ` --` begins the next.

@@ -1,0 +1,3 @@
+//! Listeners of programs that know nothing of zddsup: their bind(2) and listen(2) are caught ([`crate::sys::seccomp`]).
+
+pub mod remote;

@@ -1,0 +1,149 @@
+//! What becomes of new connections in each phase.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use zddsup::control::types::GenerationPhase;
+
+use crate::common::load::Load;
+use crate::common::{puppet, request, PATIENCE};
+use crate::stage::Site;
+
+/// A puppet that binds for itself, and does what the file says.
+fn start(site: &Site, flags: &[&str], script: &str) -> crate::common::Supervisor {
+    site.write("script", script);
+    let puppet = puppet();
+    let command = ["--", &puppet, "--bind", "ADDRESS", "--script", "script"];
+    let words: Vec<_> = flags.iter().chain(&command).copied().collect();
+    site.start(&words)
+}
+
+#[test]
+fn one_that_listens_and_is_not_ready_gets_nothing() {
+    let site = Site::new();
+    let supervisor = start(&site, &["--ready", "notify", "--start-timeout", "2s"], "--version 1");
+    site.write("script", "--version 2\n--ready none\n");
+    let load = Load::start(site.load());
+    assert!(load.more(20, PATIENCE));
+    assert_eq!(supervisor.cli(&["upgrade"]).status.code(), Some(3));
+    supervisor.wait_settled();
+    assert!(load.more(20, PATIENCE));
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1"], "{summary}");
+}
+
+#[test]
+fn the_old_one_keeps_its_connection_and_gets_no_new_one() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1");
+    let mut old = TcpStream::connect(site.address).unwrap();
+    let ask = |stream: &mut TcpStream| {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut answer = [0; 4096];
+        let read = stream.read(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[..read]).into_owned()
+    };
+    assert!(ask(&mut old).contains("version=1 "));
+    site.write("script", "--version 2\n");
+    supervisor.upgrade();
+    for _ in 0..50 {
+        assert!(request(site.address, "/").contains("version=2 "));
+    }
+    assert!(ask(&mut old).contains("version=1 "));
+    let draining = |status: &zddsup::control::types::Status| {
+        status.generations.iter().any(|g| g.phase == GenerationPhase::Draining && g.connections == Some(1))
+    };
+    supervisor.wait_until("its last connection is seen", draining);
+    drop(old);
+    supervisor.wait_settled();
+}
+
+#[test]
+fn a_rollback_in_the_bake_is_a_switch_back() {
+    let site = Site::new();
+    let supervisor = start(&site, &["--bake", "60s"], "--version 1");
+    let load = Load::start(site.load());
+    assert!(load.more(20, PATIENCE));
+    site.write("script", "--version 2\n");
+    let mut upgrade = supervisor.cli_command(&["upgrade"]).spawn().unwrap();
+    assert!(load.saw("2", PATIENCE), "{}", load.so_far());
+    assert!(supervisor.cli(&["rollback"]).status.success());
+    assert!(!upgrade.wait().unwrap().success());
+    assert!(request(site.address, "/").contains("version=1 "));
+    supervisor.wait_settled();
+    assert!(request(site.address, "/").contains("version=1 "));
+    load.stop().assert_clean();
+}
+
+#[test]
+fn what_waits_for_a_dead_one_is_answered_by_the_next() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1");
+    let first = supervisor.serving();
+    assert!(crate::common::try_request(site.address, "/hang").is_ok());
+    let mut waiting: Vec<_> = (0..30).map(|_| TcpStream::connect(site.address).unwrap()).collect();
+    for client in &mut waiting {
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    }
+    site.write("script", "--version 2\n");
+    kill(Pid::from_raw(first.pid.unwrap()), Signal::SIGKILL).unwrap();
+    for mut client in waiting {
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("version=2 "), "{answer:?}\n{}", supervisor.log());
+    }
+}
+
+#[test]
+fn a_port_that_the_kernel_chose_is_kept() {
+    let dir = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let puppet = puppet();
+    let supervisor = crate::common::Setup::within(dir, ["--", &puppet, "--bind", "127.0.0.1:0"]).start();
+    let address = supervisor.address();
+    assert!(request(address, "/").contains("generation=1"));
+    supervisor.upgrade();
+    supervisor.wait_settled();
+    assert!(request(address, "/").contains("generation=2"));
+    assert_eq!(supervisor.address(), address);
+}
+
+#[test]
+fn a_crash_after_listen_changes_nothing() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1");
+    let load = Load::start(site.load());
+    assert!(load.more(20, PATIENCE));
+    site.write("script", "--version 2\n--ready none\n--exit-after-ms 50:7\n");
+    assert_eq!(supervisor.cli(&["upgrade"]).status.code(), Some(3));
+    assert!(load.more(20, PATIENCE));
+    supervisor.wait_settled();
+    site.write("script", "--version 3\n");
+    supervisor.upgrade();
+    assert!(load.saw("3", PATIENCE));
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1", "3"], "{summary}");
+}
+
+#[test]
+fn a_killed_supervisor_is_succeeded() {
+    let site = Site::new();
+    let first = start(&site, &[], "--version 1");
+    let loads = [Load::start(site.load()), Load::start(site.load().keep_alive())];
+    for load in &loads {
+        assert!(load.more(20, PATIENCE));
+    }
+    first.kill_alone();
+    let second = start(&site, &[], "--version 2");
+    for load in &loads[..1] {
+        assert!(load.saw("2", PATIENCE), "{}\n{}", load.so_far(), second.log());
+    }
+    for load in loads {
+        load.stop().assert_clean();
+    }
+    second.wait_settled();
+}
