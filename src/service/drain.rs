@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,8 @@ impl Drain {
 #[derive(Debug)]
 pub(super) struct Draining {
     told: Mutex<Option<Drain>>,
+    /// It has said that it is done: its end is its own matter.
+    done: AtomicBool,
     futures: Notify,
     /// Readable from the word on.
     threads: EventFd,
@@ -46,7 +49,7 @@ pub(super) struct Draining {
 impl Draining {
     pub(super) fn new() -> io::Result<Self> {
         let threads = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Draining { told: Mutex::new(None), futures: Notify::new(), threads })
+        Ok(Draining { told: Mutex::new(None), done: AtomicBool::new(false), futures: Notify::new(), threads })
     }
 
     /// The first word counts. A later one can only add that the service is being stopped meanwhile.
@@ -60,6 +63,16 @@ impl Draining {
         *told = Some(Drain { deadline, last });
         let _cannot_overflow = self.threads.write(1);
         self.futures.notify_waiters();
+    }
+
+    pub(super) fn done(&self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to be stopped, drained or not.
+    fn is_over(&self) -> bool {
+        let left = self.now().and_then(|drain| drain.time_left());
+        !self.done.load(Ordering::Relaxed) && left.is_some_and(|left| left <= SLACK)
     }
 
     pub(super) fn now(&self) -> Option<Drain> {
@@ -109,7 +122,7 @@ pub(super) fn at_sigterm(draining: Arc<Draining>) -> io::Result<()> {
     pipe::register(SIGTERM, written)?;
     super::link::thread("zddsup-sigterm", move || {
         while signals.read_exact(&mut [0; 1]).is_ok() {
-            if draining.now().and_then(|drain| drain.time_left()).is_some_and(|left| left <= SLACK) {
+            if draining.is_over() {
                 let _cannot_fail = emulate_default_handler(SIGTERM);
             }
             draining.tell(None, false);

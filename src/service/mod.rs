@@ -240,8 +240,9 @@ impl Service {
     }
 
     /// Says that it has finished all that it had. Nothing needs to be waited for: what was said before is not lost when
-    /// the process exits.
+    /// the process exits. A SIGTERM changes nothing from now on, if [`Service::drain_at_sigterm`] was called.
     pub fn drained(&self) -> Result<(), ServiceError> {
+        self.0.draining.done();
         self.tell(&FromGeneration::Drained, "STOPPING=1")
     }
 

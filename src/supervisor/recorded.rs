@@ -1,12 +1,12 @@
 //! What is written down for the supervisor after this one, should this one be killed: who runs, with which sockets.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::instance;
 use crate::core::GenerationId;
 
 /// Version of the file's format. Another one is not read.
@@ -72,9 +72,19 @@ impl Recorded {
         Recorded { format: FORMAT, generations, listeners }
     }
 
-    /// Puts it in place of what stood there.
+    /// Writes it over what stood there, in one call: no reader finds half of it, killed or not.
+    ///
+    /// Not a new file and a rename(2): on a busy disk, taking the old one away waits for its blocks to be written, for
+    /// many seconds, and so would the supervisor's loop.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        instance::replace(path, &serde_json::to_vec(self)?, 0o600)
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let file = options.open(path)?;
+        let mut bytes = serde_json::to_vec(self)?;
+        // Spaces cover the rest of what was longer.
+        let before = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        bytes.resize(bytes.len().max(before), b' ');
+        file.write_all_at(&bytes, 0)
     }
 
     /// What a supervisor left, if it did and it can be read. A file of another user or format is none.
@@ -118,6 +128,10 @@ mod tests {
         );
         recorded.write(&path).unwrap();
         assert_eq!(Recorded::read(&path), Some(recorded));
+        // Over what is longer.
+        let nobody = Recorded::new(Vec::new(), Vec::new());
+        nobody.write(&path).unwrap();
+        assert_eq!(Recorded::read(&path), Some(nobody));
         fs::write(&path, b"{\"format\":99}").unwrap();
         assert_eq!(Recorded::read(&path), None);
     }

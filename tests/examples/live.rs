@@ -234,7 +234,7 @@ fn a_stop_waits_for_live_connections() {
 
 #[test]
 fn a_stop_waits_no_longer_than_the_drain_time() {
-    let mut supervisor = start(&["--drain-timeout", "2s"]);
+    let mut supervisor = start(&["--drain-timeout", "5s"]);
     let mut client = Client::connect(supervisor.address());
     client.echo("one\n");
     supervisor.signal(Signal::SIGTERM);
