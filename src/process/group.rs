@@ -18,7 +18,7 @@ use std::fs;
 use std::io;
 use std::mem;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -33,11 +33,15 @@ pub const MARKER_VAR: &str = "ZDDSUP_MARKER";
 /// SIGKILL is sent until nothing new appears, but not for ever: the caller asks again.
 const MOST_ROUNDS: usize = 32;
 
-/// In the middle of execve(2) a process' environment looks empty. One that was found so this often has none.
-const MOST_DOUBTS: usize = 4;
+/// A process in the middle of execve(2), whose environment is not there yet, is waited for so long. On a loaded machine
+/// it takes tens of milliseconds.
+const LONGEST_EXECVE: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether none is left before the answer is no.
 const MOST_LOOKS: usize = 4;
+
+/// How often it is looked for what a signal other than SIGKILL has to reach.
+const MOST_LOOKS_FOR_SIGNAL: usize = 16;
 
 /// How long execve(2) is given until the next look.
 const A_MOMENT: Duration = Duration::from_millis(1);
@@ -86,8 +90,8 @@ struct Known {
     dead: BTreeSet<Member>,
     /// Those that lived then and are none: they do not become any.
     strangers: BTreeSet<Member>,
-    /// How often nothing could be said of a process.
-    doubts: BTreeMap<Member, usize>,
+    /// Of what nothing can be said yet, and since when.
+    doubts: BTreeMap<Member, Instant>,
     /// Nobody is left in the group and the session of the leader's number, so that it may be given to others.
     number_is_free: bool,
 }
@@ -158,7 +162,7 @@ impl Group {
             // Any other signal is a request, and nothing waits for it for long.
             let again = match signal {
                 Signal::SIGKILL => found.in_doubt || !fresh.is_empty(),
-                _ => found.in_doubt && round < MOST_LOOKS,
+                _ => found.in_doubt && round < MOST_LOOKS_FOR_SIGNAL,
             };
             for member in fresh {
                 match member.open().and_then(|pidfd| Ok(pidfd.signal(signal)?)) {
@@ -190,13 +194,19 @@ impl Group {
                 young.insert(pid, stat);
             }
         }
-        Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker)))
+        Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
     }
 }
 
 impl Known {
     /// Picks the members, dead ones too while they lead to others.
-    fn sort_out(&mut self, leader: Member, young: BTreeMap<i32, Stat>, is_marked: impl Fn(i32) -> Marked) -> Found {
+    fn sort_out(
+        &mut self,
+        leader: Member,
+        young: BTreeMap<i32, Stat>,
+        is_marked: impl Fn(i32) -> Marked,
+        now: Instant,
+    ) -> Found {
         let leads = |stat: &Stat| stat.group == leader.pid || stat.session == leader.pid;
         let is_reused = young.get(&leader.pid).is_some_and(|stat| stat.member != leader);
         // A number is not used again while a group or session has it.
@@ -222,7 +232,7 @@ impl Known {
                 Marked::Yes => members.extend(others.remove_entry(&stat.member.pid)),
                 Marked::No => drop(self.strangers.insert(stat.member)),
                 Marked::Unknown => {
-                    self.doubts.insert(stat.member, doubts.get(&stat.member).map_or(1, |before| before + 1));
+                    self.doubts.insert(stat.member, doubts.get(&stat.member).copied().unwrap_or(now));
                 }
             }
         }
@@ -231,7 +241,8 @@ impl Known {
         let living: Vec<_> = members.into_values().filter(|stat| stat.lives).map(|stat| stat.member).collect();
         self.members = living.iter().copied().collect();
         self.doubts.retain(|member, _| !self.members.contains(member));
-        Found { living, in_doubt: died || self.doubts.values().any(|&times| times < MOST_DOUBTS) }
+        let in_doubt = died || self.doubts.values().any(|&since| now - since < LONGEST_EXECVE);
+        Found { living, in_doubt }
     }
 }
 
@@ -286,7 +297,7 @@ mod tests {
 
     fn pids(known: &mut Known, stats: &[(i32, Stat)], marked: &[i32]) -> Vec<i32> {
         let is_marked = |pid| if marked.contains(&pid) { Marked::Yes } else { Marked::No };
-        let found = known.sort_out(LEADER, stats.iter().copied().collect(), is_marked);
+        let found = known.sort_out(LEADER, stats.iter().copied().collect(), is_marked, Instant::now());
         found.living.into_iter().map(|member| member.pid).collect()
     }
 
@@ -355,8 +366,11 @@ mod tests {
     #[test]
     fn one_in_the_middle_of_execve_is_looked_at_again() {
         let mut known = known();
-        let mut look = |marked| known.sort_out(LEADER, BTreeMap::from([stat(102, 1, 102, 102)]), |_| marked);
-        assert_eq!(look(Marked::Unknown), Found { living: Vec::new(), in_doubt: true });
+        let now = Instant::now();
+        let mut look = |marked| known.sort_out(LEADER, BTreeMap::from([stat(102, 1, 102, 102)]), |_| marked, now);
+        for _ in 0..1000 {
+            assert_eq!(look(Marked::Unknown), Found { living: Vec::new(), in_doubt: true });
+        }
         let member = Member { pid: 102, start_ticks: 10 };
         assert_eq!(look(Marked::Yes), Found { living: vec![member], in_doubt: false });
     }
@@ -366,7 +380,9 @@ mod tests {
         let mut known = known();
         let mut dead = stat(102, own_pid(), 102, 102);
         dead.1.lives = false;
-        let mut look = |stats: &[(i32, Stat)]| known.sort_out(LEADER, stats.iter().copied().collect(), |_| Marked::No);
+        let mut look = |stats: &[(i32, Stat)]| {
+            known.sort_out(LEADER, stats.iter().copied().collect(), |_| Marked::No, Instant::now())
+        };
         assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: true });
         // It is not reaped, and says nothing new.
         assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: false });
@@ -377,13 +393,13 @@ mod tests {
     }
 
     #[test]
-    fn one_without_an_environment_is_given_up() {
+    fn one_that_never_gets_an_environment_is_given_up() {
         let mut known = known();
-        let mut looks = 0;
         let others = BTreeMap::from([stat(102, 1, 102, 102)]);
-        while known.sort_out(LEADER, others.clone(), |_| Marked::Unknown).in_doubt {
-            looks += 1;
-        }
-        assert_eq!(looks, MOST_DOUBTS - 1);
+        let begin = Instant::now();
+        let mut in_doubt = |now| known.sort_out(LEADER, others.clone(), |_| Marked::Unknown, now).in_doubt;
+        assert!(in_doubt(begin));
+        assert!(in_doubt(begin + LONGEST_EXECVE - A_MOMENT));
+        assert!(!in_doubt(begin + LONGEST_EXECVE));
     }
 }

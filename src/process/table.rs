@@ -59,17 +59,25 @@ pub(super) enum Marked {
     Yes,
     /// Also when we may not look into it.
     No,
-    /// Its environment is empty. So it looks, too, in the middle of execve(2).
+    /// It is in the middle of execve(2), and its environment not in its place yet.
     Unknown,
 }
 
 /// Looks for `NAME=value` in what a process was started with.
 pub(super) fn is_marked(pid: i32, pair: &[u8]) -> Marked {
     match fs::read(format!("/proc/{pid}/environ")) {
-        Ok(environ) if environ.is_empty() => Marked::Unknown,
+        Ok(environ) if environ.is_empty() && !has_environment(pid) => Marked::Unknown,
         Ok(environ) if environ.split(|&byte| byte == 0).any(|one| one == pair) => Marked::Yes,
         Ok(_) | Err(_) => Marked::No,
     }
+}
+
+/// Whether its environment has its place, be it empty: field 51 of `/proc/PID/stat`, where that ends. execve(2) sets it last
+/// (`create_elf_tables` in fs/binfmt_elf.c).
+fn has_environment(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace();
+    fields.nth(51 - 3).is_some_and(|env_end| env_end != "0")
 }
 
 #[cfg(test)]
@@ -96,5 +104,18 @@ mod tests {
         assert_eq!(is_marked(-1, b"ZDDSUP_MARKER=nobody"), Marked::No);
         let stat = Stat::read(own).unwrap();
         assert!(stat.lives && !stat.of_kernel);
+    }
+
+    #[test]
+    fn one_with_an_empty_environment_is_not_in_the_middle_of_execve() {
+        let mut child = std::process::Command::new("sleep").arg("60").env_clear().spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        // spawn(3) returns once execve(2) is past the point where it fails, which is before the environment is there.
+        let begin = std::time::Instant::now();
+        while is_marked(pid, b"ZDDSUP_MARKER=1") != Marked::No {
+            assert!(begin.elapsed().as_secs() < 60);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
