@@ -23,6 +23,8 @@ pub mod control;
 #[cfg(feature = "cli")]
 pub mod core;
 #[cfg(feature = "cli")]
+pub mod doctor;
+#[cfg(feature = "cli")]
 pub mod drain;
 #[cfg(feature = "cli")]
 pub mod handoff;

@@ -6,12 +6,14 @@
 //! | [`wait`], [`verdict`], [`progress`] | … follow it, say how it ended, show how far it is |
 //! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
 //! | [`check`] | looks at what `run` would do |
+//! | [`doctor`] | looks at what this machine lets zddsup do |
 //! | [`completions`], [`man`] | for shells and manuals |
 //! | [`target`] | which service is meant |
 //! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
 
 pub mod check;
 pub mod completions;
+pub mod doctor;
 pub mod events;
 pub mod exit;
 pub mod log;
@@ -86,6 +88,10 @@ pub enum Command {
     Run(Box<RunFlags>),
     /// Look at everything that `run` with these options would need, without binding or spawning anything
     Check(Box<RunFlags>),
+    /// Try what this machine lets zddsup do with programs that bind for themselves, and say what to use instead
+    ///
+    /// Runs itself once as a service on loopback. Exit code 0: `zddsup run -- ./any-server` works here.
+    Doctor(doctor::Flags),
     /// Show the service: generations, listeners, the last upgrades
     Status(status::Flags),
     /// Put a new generation in the place of the one that serves
@@ -139,6 +145,7 @@ fn dispatch(command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Run(flags) => run::run(*flags),
         Command::Check(flags) => check::run(*flags),
+        Command::Doctor(flags) => doctor::run(&flags),
         Command::Status(flags) => status::run(&flags),
         Command::Upgrade(flags) => upgrade::run(&flags),
         Command::Rollback(flags) => rollback::run(&flags),

@@ -63,6 +63,17 @@ pub enum SpawnError {
         /// What to do.
         remedy: &'static str,
     },
+    /// `pidfd_getfd(2)` or `process_vm_readv(2)`.
+    #[error(
+        "cannot look into the new process with {call}: {errno}; run zddsup as root, or as the service's user with a program \
+         that may be traced (ptrace(2)); in a container, add CAP_SYS_PTRACE; or use --listen with --handoff fds or socket"
+    )]
+    Look {
+        /// By which call.
+        call: &'static str,
+        /// Why not.
+        errno: Errno,
+    },
     /// No filter is known for it.
     #[error(
         "bind(2) and listen(2) can be caught on x86-64 and aarch64 only: use --handoff fds or --handoff socket on this \
@@ -158,7 +169,7 @@ impl SpawnError {
     /// Whether it is about bind(2) and listen(2), which cannot be caught here.
     #[must_use]
     pub fn is_trap(&self) -> bool {
-        matches!(self, SpawnError::Trap { .. } | SpawnError::TrapUnknown)
+        matches!(self, SpawnError::Trap { .. } | SpawnError::Look { .. } | SpawnError::TrapUnknown)
     }
 
     pub(super) fn trap(errno: Errno) -> SpawnError {

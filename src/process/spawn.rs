@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, Resource};
 use nix::sys::signal::{kill, Signal};
 use nix::sys::stat::{fstat, Mode, SFlag};
+use nix::sys::uio::{process_vm_readv, RemoteIoVec};
 use nix::unistd::{fchown, Pid};
 use tokio::io::Interest;
 use tokio::sync::oneshot;
@@ -100,7 +101,10 @@ pub async fn spawn(launch: Launch, reaper: &Reaper) -> Result<Spawned, SpawnErro
     let error = match outcome {
         Ok(Outcome::Executed(None)) => return starting.finish(None),
         Ok(Outcome::Executed(Some(installed))) => match trap(installed) {
-            Ok(trap) => return starting.finish(Some(trap)),
+            Ok(trap) => match starting.can_be_looked_into() {
+                Ok(()) => return starting.finish(Some(trap)),
+                Err(error) => error,
+            },
             Err(error) => error,
         },
         Ok(Outcome::Failed(failed)) => {
@@ -200,6 +204,21 @@ impl Starting {
     fn hold(&mut self) -> io::Result<()> {
         // Nobody has reaped it yet: it is there, if only as a zombie.
         self.held = Some((Member::of(self.pid)?, PidFd::open(self.pid)?));
+        Ok(())
+    }
+
+    /// Whether its caught calls can be understood: else it must not run into the first one.
+    fn can_be_looked_into(&self) -> Result<(), SpawnError> {
+        let Some((_, pidfd)) = &self.held else { return Ok(()) };
+        let copied = pidfd.take_fd(0).map(drop).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+        // Nothing is ever there: EFAULT is permission enough.
+        let nowhere = RemoteIoVec { base: 1, len: 1 };
+        let read = process_vm_readv(self.pid, &mut [io::IoSliceMut::new(&mut [0])], &[nowhere]).map(drop);
+        for (call, result) in [("pidfd_getfd(2)", copied), ("process_vm_readv(2)", read)] {
+            if let Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) = result {
+                return Err(SpawnError::Look { call, errno });
+            }
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
+//! | [`unseen`] | sockets that were not caught |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -35,6 +36,7 @@ pub mod store;
 mod switching;
 mod takeover;
 mod transactions;
+mod unseen;
 pub mod upward;
 
 pub use ending::describe;

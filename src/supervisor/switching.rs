@@ -30,6 +30,7 @@ impl Driver {
         } else {
             tracing::info!(generation = %to, "serves");
         }
+        self.tell_of_unseen(to);
         self.pass_on_kept();
         self.upward.ready();
         self.record();

@@ -3,6 +3,7 @@
 //!
 //! | file | what it is about |
 //! |---|---|
+//! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
 //! | `servers` | real servers, one a test |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
@@ -10,5 +11,6 @@
 mod common;
 mod stage;
 
+mod places;
 mod servers;
 mod steering;

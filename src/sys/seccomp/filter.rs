@@ -7,7 +7,7 @@ use std::ptr;
 use libc::{
     c_ulong, seccomp_data, sock_filter, BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JGT, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W,
     SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
-    SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF,
+    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF,
 };
 use nix::errno::Errno;
 use nix::sys::prctl;
@@ -17,6 +17,8 @@ use nix::sys::prctl;
 pub(super) struct Machine {
     /// `AUDIT_ARCH_*` of linux/audit.h: its calling convention.
     pub(super) convention: u32,
+    /// socket(2).
+    pub(super) socket: u32,
     /// bind(2).
     pub(super) bind: u32,
     /// listen(2).
@@ -24,10 +26,10 @@ pub(super) struct Machine {
 }
 
 /// `asm/unistd_64.h`. A program for x32 has the same convention and bit 30 in its numbers, so that none of them is ours.
-pub(super) const X86_64: Machine = Machine { convention: 0xC000_003E, bind: 49, listen: 50 };
+pub(super) const X86_64: Machine = Machine { convention: 0xC000_003E, socket: 41, bind: 49, listen: 50 };
 
 /// `asm-generic/unistd.h`.
-pub(super) const AARCH64: Machine = Machine { convention: 0xC000_00B7, bind: 200, listen: 201 };
+pub(super) const AARCH64: Machine = Machine { convention: 0xC000_00B7, socket: 198, bind: 200, listen: 201 };
 
 /// What this program was built for.
 pub(super) const NATIVE: Option<Machine> = if cfg!(all(target_arch = "x86_64", target_pointer_width = "64")) {
@@ -39,9 +41,14 @@ pub(super) const NATIVE: Option<Machine> = if cfg!(all(target_arch = "x86_64", t
 };
 
 /// How many instructions there are.
-const LENGTH: u16 = 7;
+const LENGTH: u16 = 16;
 
-/// Which calls are caught: bind(2) and listen(2), and nothing else.
+/// socket(2) with [`IPPROTO_MPTCP`] gives this, as it does where Linux was built without it.
+pub(super) const NO_MULTIPATH: u32 = SECCOMP_RET_ERRNO | libc::EPROTONOSUPPORT as u32;
+
+/// Which calls are caught: bind(2) and listen(2), and nothing else. Multipath TCP is not there, as its listeners cannot be
+/// steered (`SO_ATTACH_REUSEPORT_CBPF` gives EOPNOTSUPP, net/mptcp/sockopt.c): programs that prefer it then use TCP (Go's
+/// net.Listen from 1.24 on).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Filter([sock_filter; LENGTH as usize]);
 
@@ -62,22 +69,32 @@ impl Filter {
         NATIVE.map(Filter::of)
     }
 
-    /// Each line has its reason. The order costs least for what passes: three instructions below bind(2), four above.
+    /// Each line has its reason. The order costs least for what passes: four instructions below bind(2) and above.
     /// Since Linux 5.11 the kernel finds out beforehand which numbers always pass, as these depend on nothing but the
-    /// number and the convention, and does not run the program for them.
+    /// number and the convention, and does not run the program for them. That is all but these three.
     pub(super) const fn of(machine: Machine) -> Filter {
-        assert!(machine.listen == machine.bind + 1, "one range");
+        assert!(machine.listen == machine.bind + 1 && machine.socket < machine.bind, "one range, and one below");
         Filter([
             load(offset_of!(seccomp_data, nr)),
             // read, write, close, accept, sendto, recvfrom …: what a server does all day has lower numbers, so it goes first.
             jump(BPF_JGE, machine.bind, Goto::Next, Goto::Skip(4)),
             // Everything above, all of x32's numbers too.
-            jump(BPF_JGT, machine.listen, Goto::Skip(3), Goto::Next),
+            jump(BPF_JGT, machine.listen, Goto::Skip(11), Goto::Next),
             load(offset_of!(seccomp_data, arch)),
             // The same number is another call in a 32-bit program (geteuid, getgid on i386): not to be misread.
-            jump(BPF_JEQ, machine.convention, Goto::Next, Goto::Skip(1)),
+            jump(BPF_JEQ, machine.convention, Goto::Next, Goto::Skip(9)),
             answer(SECCOMP_RET_USER_NOTIF),
+            jump(BPF_JEQ, machine.socket, Goto::Next, Goto::Skip(7)),
+            load(offset_of!(seccomp_data, arch)),
+            jump(BPF_JEQ, machine.convention, Goto::Next, Goto::Skip(5)),
+            load(argument(2)),
+            jump(BPF_JEQ, libc::IPPROTO_MPTCP as u32, Goto::Next, Goto::Skip(3)),
+            // Of other families it is another protocol.
+            load(argument(0)),
+            jump(BPF_JEQ, libc::AF_INET as u32, Goto::Skip(2), Goto::Next),
+            jump(BPF_JEQ, libc::AF_INET6 as u32, Goto::Skip(1), Goto::Next),
             answer(SECCOMP_RET_ALLOW),
+            answer(NO_MULTIPATH),
         ])
     }
 
@@ -146,6 +163,12 @@ impl Goto {
 #[allow(clippy::cast_possible_truncation)] // Opcodes and offsets are small numbers.
 const fn load(offset: usize) -> sock_filter {
     sock_filter { code: (BPF_LD | BPF_W | BPF_ABS) as u16, jt: 0, jf: 0, k: offset as u32 }
+}
+
+/// The lower half of an argument: all that the kernel looks at where it is an int.
+const fn argument(number: usize) -> usize {
+    let upper_half_is_first = cfg!(target_endian = "big");
+    offset_of!(seccomp_data, args) + 8 * number + if upper_half_is_first { 4 } else { 0 }
 }
 
 #[allow(clippy::cast_possible_truncation)]

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::filter::{Machine, AARCH64, NATIVE, X86_64};
 use super::fixture::{next, trapped};
@@ -31,41 +31,55 @@ fn numbers() -> impl Iterator<Item = u32> {
 }
 
 /// What the kernel would do: the answer, and after how many instructions.
-fn run(program: &[sock_filter], number: u32, convention: u32) -> Option<(u32, usize)> {
+fn run(program: &[sock_filter], number: u32, convention: u32, args: [u32; 6]) -> Option<(u32, usize)> {
     let (mut at, mut accumulator) = (0, 0);
     for steps in 1.. {
         let sock_filter { code, jt, jf, k } = *program.get(at)?;
         at += 1;
         let mut jump = |yes: bool| at += usize::from(if yes { jt } else { jf });
-        // These are what the kernel can follow beforehand (seccomp_is_const_allow in kernel/seccomp.c).
         match (code, k) {
             (0x20, 0) => accumulator = number,
             (0x20, 4) => accumulator = convention,
+            // The kernel cannot follow this beforehand (seccomp_is_const_allow in kernel/seccomp.c).
+            (0x20, 16..) => accumulator = args[usize::try_from(k - 16).unwrap() / 8],
             (0x05, _) => at += usize::try_from(k).unwrap(),
             (0x15, _) => jump(accumulator == k),
             (0x25, _) => jump(accumulator > k),
             (0x35, _) => jump(accumulator >= k),
             (0x45, _) => jump(accumulator & k != 0),
             (0x06, _) => return Some((k, steps)),
-            _ => panic!("{code:#x} {k} depends on more than the number and the convention"),
+            _ => panic!("{code:#x} {k}"),
         }
     }
     None
 }
 
-fn is_caught(program: &[sock_filter], number: u32, convention: u32) -> Option<bool> {
-    match run(program, number, convention)?.0 {
-        libc::SECCOMP_RET_USER_NOTIF => Some(true),
-        libc::SECCOMP_RET_ALLOW => Some(false),
-        _ => None,
-    }
-}
+/// Families, and protocols of each.
+const SOCKETS: [[u32; 6]; 6] = [
+    [libc::AF_INET as u32, libc::SOCK_STREAM as u32, 0, 0, 0, 0],
+    [libc::AF_INET as u32, libc::SOCK_STREAM as u32, 262, 0, 0, 0],
+    [libc::AF_INET6 as u32, libc::SOCK_STREAM as u32, 262, 0, 0, 0],
+    [libc::AF_INET6 as u32, libc::SOCK_STREAM as u32, 6, 0, 0, 0],
+    [libc::AF_PACKET as u32, libc::SOCK_RAW as u32, 262, 0, 0, 0],
+    [262, 0, 2, 0, 0, 0],
+];
 
 fn is_right(program: &[sock_filter], machine: Machine) -> bool {
     CONVENTIONS.iter().all(|&convention| {
         numbers().all(|number| {
-            let wanted = convention == machine.convention && [machine.bind, machine.listen].contains(&number);
-            is_caught(program, number, convention) == Some(wanted)
+            SOCKETS.iter().all(|&args| {
+                let is_multipath = [libc::AF_INET as u32, libc::AF_INET6 as u32].contains(&args[0]) && args[2] == 262;
+                let wanted = if convention != machine.convention {
+                    libc::SECCOMP_RET_ALLOW
+                } else if number == machine.socket && is_multipath {
+                    super::filter::NO_MULTIPATH
+                } else if [machine.bind, machine.listen].contains(&number) {
+                    libc::SECCOMP_RET_USER_NOTIF
+                } else {
+                    libc::SECCOMP_RET_ALLOW
+                };
+                run(program, number, convention, args).is_some_and(|(answer, _)| answer == wanted)
+            })
         })
     })
 }
@@ -90,13 +104,12 @@ fn no_instruction_is_there_without_need() {
 }
 
 #[test]
-fn what_passes_costs_three_or_four_instructions() {
+fn what_passes_costs_four_instructions() {
     for machine in MACHINES {
         let filter = Filter::of(machine);
         for number in numbers() {
-            let most = if number < machine.bind { 3 } else { 4 };
-            if ![machine.bind, machine.listen].contains(&number) {
-                assert_eq!(run(filter.program(), number, machine.convention).unwrap().1, most, "{number}");
+            if ![machine.socket, machine.bind, machine.listen].contains(&number) {
+                assert_eq!(run(filter.program(), number, machine.convention, [0; 6]).unwrap().1, 4, "{number}");
             }
         }
     }
@@ -105,7 +118,8 @@ fn what_passes_costs_three_or_four_instructions() {
 #[test]
 fn the_numbers_are_those_of_this_machine() {
     let native = NATIVE.unwrap();
-    assert_eq!([i64::from(native.bind), i64::from(native.listen)], [libc::SYS_bind, libc::SYS_listen]);
+    let numbers = [native.socket, native.bind, native.listen].map(i64::from);
+    assert_eq!(numbers, [libc::SYS_socket, libc::SYS_bind, libc::SYS_listen]);
 }
 
 // The filter, in force.
@@ -220,6 +234,20 @@ async fn everything_else_is_untouched() {
         #[cfg(not(target_arch = "x86_64"))]
         let of_x32: nix::Result<()> = Err(Errno::EBADF);
         assert!(of_x32.is_err());
+    });
+    thread.join().unwrap();
+}
+
+/// A program that prefers Multipath TCP falls back to TCP, as where Linux has none.
+#[tokio::test]
+async fn multipath_tcp_is_not_there() {
+    let (_notifier, thread) = trapped(|| {
+        let of = |domain, protocol| Socket::new(domain, Type::STREAM, Some(protocol));
+        for domain in [Domain::IPV4, Domain::IPV6] {
+            let refused = of(domain, Protocol::MPTCP).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EPROTONOSUPPORT));
+            of(domain, Protocol::TCP).unwrap();
+        }
     });
     thread.join().unwrap();
 }
