@@ -31,7 +31,7 @@ use crate::sys::pidfd::PidFd;
 pub const MARKER_VAR: &str = "ZDDSUP_MARKER";
 
 /// SIGKILL is sent until nothing new appears, but not for ever: the caller asks again.
-const MOST_ROUNDS: usize = 32;
+const LONGEST_CHASE: Duration = Duration::from_secs(1);
 
 /// A process in the middle of execve(2), whose environment is not there yet, is waited for so long. On a loaded machine
 /// it takes tens of milliseconds.
@@ -40,8 +40,8 @@ const LONGEST_EXECVE: Duration = Duration::from_secs(5);
 /// How often it is looked whether none is left before the answer is no.
 const MOST_LOOKS: usize = 4;
 
-/// How often it is looked for what a signal other than SIGKILL has to reach.
-const MOST_LOOKS_FOR_SIGNAL: usize = 16;
+/// How long it is looked for what a signal has to reach: nothing else is done meanwhile.
+const LONGEST_SEARCH: Duration = Duration::from_millis(50);
 
 /// How long execve(2) is given until the next look.
 const A_MOMENT: Duration = Duration::from_millis(1);
@@ -156,13 +156,14 @@ impl Group {
         let mut seen = BTreeSet::new();
         let mut sent = 0;
         let mut refused = None;
-        for round in 1..=MOST_ROUNDS {
+        let begin = Instant::now();
+        loop {
             let found = self.look()?;
             let fresh: Vec<_> = found.living.into_iter().filter(|member| seen.insert(*member)).collect();
             // Any other signal is a request, and nothing waits for it for long.
             let again = match signal {
-                Signal::SIGKILL => found.in_doubt || !fresh.is_empty(),
-                _ => found.in_doubt && round < MOST_LOOKS_FOR_SIGNAL,
+                Signal::SIGKILL => (found.in_doubt || !fresh.is_empty()) && begin.elapsed() < LONGEST_CHASE,
+                _ => found.in_doubt && begin.elapsed() < LONGEST_SEARCH,
             };
             for member in fresh {
                 match member.open().and_then(|pidfd| Ok(pidfd.signal(signal)?)) {

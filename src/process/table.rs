@@ -59,7 +59,7 @@ pub(super) enum Marked {
     Yes,
     /// Also when we may not look into it.
     No,
-    /// It is in the middle of execve(2), and its environment not in its place yet.
+    /// It is in the middle of execve(2), and its environment not in its place yet; or in the middle of its end.
     Unknown,
 }
 
@@ -68,6 +68,7 @@ pub(super) fn is_marked(pid: i32, pair: &[u8]) -> Marked {
     match fs::read(format!("/proc/{pid}/environ")) {
         Ok(environ) if environ.is_empty() && !has_environment(pid) => Marked::Unknown,
         Ok(environ) if environ.split(|&byte| byte == 0).any(|one| one == pair) => Marked::Yes,
+        Err(error) if error.kind() != io::ErrorKind::PermissionDenied => Marked::Unknown,
         Ok(_) | Err(_) => Marked::No,
     }
 }
@@ -101,7 +102,7 @@ mod tests {
         let (name, value) = std::env::vars().next().unwrap();
         assert_eq!(is_marked(own, format!("{name}={value}").as_bytes()), Marked::Yes);
         assert_eq!(is_marked(own, b"ZDDSUP_MARKER=nobody"), Marked::No);
-        assert_eq!(is_marked(-1, b"ZDDSUP_MARKER=nobody"), Marked::No);
+        assert_eq!(is_marked(-1, b"ZDDSUP_MARKER=nobody"), Marked::Unknown);
         let stat = Stat::read(own).unwrap();
         assert!(stat.lives && !stat.of_kernel);
     }
