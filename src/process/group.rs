@@ -40,7 +40,7 @@ const LONGEST_EXECVE: Duration = Duration::from_secs(5);
 /// How often it is looked whether none is left before the answer is no.
 const MOST_LOOKS: usize = 4;
 
-/// How long it is looked for what a signal has to reach: nothing else is done meanwhile.
+/// How long it is looked for what a signal has to reach, on a fast machine: nothing else is done meanwhile.
 const LONGEST_SEARCH: Duration = Duration::from_millis(50);
 
 /// How long execve(2) is given until the next look.
@@ -153,49 +153,84 @@ impl Group {
 
     /// Sends a signal to each of them, and gives to how many. After SIGKILL it looks again for what was forked meanwhile.
     pub fn signal_all(&self, signal: Signal) -> io::Result<usize> {
-        let mut seen = BTreeSet::new();
-        let mut sent = 0;
-        let mut refused = None;
+        let mut told = Told { signal, seen: BTreeSet::new(), sent: 0, refused: None };
         let begin = Instant::now();
-        loop {
+        for round in 1.. {
             let found = self.look()?;
-            let fresh: Vec<_> = found.living.into_iter().filter(|member| seen.insert(*member)).collect();
-            // Any other signal is a request, and nothing waits for it for long.
+            let fresh = found.living.into_iter().filter(|member| told.tell(*member)).count();
             let again = match signal {
-                Signal::SIGKILL => (found.in_doubt || !fresh.is_empty()) && begin.elapsed() < LONGEST_CHASE,
-                _ => found.in_doubt && begin.elapsed() < LONGEST_SEARCH,
+                Signal::SIGKILL => (found.in_doubt || fresh > 0) && begin.elapsed() < LONGEST_CHASE,
+                // Any other is a request, and nothing waits for it for long.
+                _ => found.in_doubt && (round < MOST_LOOKS || begin.elapsed() < LONGEST_SEARCH),
             };
-            for member in fresh {
-                match member.open().and_then(|pidfd| Ok(pidfd.signal(signal)?)) {
-                    Ok(()) => sent += 1,
-                    Err(error) if is_gone(&error) => {}
-                    Err(error) => refused = Some(error),
-                }
-            }
             if !again {
                 break;
             }
             if found.in_doubt {
                 std::thread::sleep(A_MOMENT);
+                self.chase(&mut told)?;
             }
         }
-        refused.map_or(Ok(sent), Err)
+        told.refused.map_or(Ok(told.sent), Err)
+    }
+
+    /// Those that fork and exit are others by the time that all of `/proc` was read: each one with the marker is told as soon
+    /// as it is seen. Pids go up, with the look as in time, so that it meets them.
+    fn chase(&self, told: &mut Told) -> io::Result<()> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        self.each_young(|pid, stat| {
+            if stat.lives && !known.strangers.contains(&stat.member) && !told.seen.contains(&stat.member) {
+                if let Marked::Yes = table::is_marked(pid, &self.marker) {
+                    told.tell(stat.member);
+                }
+            }
+        })
     }
 
     /// One at a time: what died during the one is new to the next.
     fn look(&self) -> io::Result<Found> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = own_pid();
         let mut young = BTreeMap::new();
+        self.each_young(|pid, stat| drop(young.insert(pid, stat)))?;
+        Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
+    }
+
+    /// Every process but zddsup that is no older than the first one, by pid.
+    fn each_young(&self, mut each: impl FnMut(i32, Stat)) -> io::Result<()> {
+        let own = own_pid();
         for entry in fs::read_dir("/proc")? {
             let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // Gone meanwhile, or hidden from us (hidepid in proc(5)) and so none that we started.
             let Ok(stat) = Stat::read(pid) else { continue };
             if pid != own && stat.member.start_ticks >= self.leader.start_ticks {
-                young.insert(pid, stat);
+                each(pid, stat);
             }
         }
-        Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
+        Ok(())
+    }
+}
+
+/// Who was sent a signal.
+#[derive(Debug)]
+struct Told {
+    signal: Signal,
+    seen: BTreeSet<Member>,
+    sent: usize,
+    refused: Option<io::Error>,
+}
+
+impl Told {
+    /// Sends it, once. False if it was sent before.
+    fn tell(&mut self, member: Member) -> bool {
+        if !self.seen.insert(member) {
+            return false;
+        }
+        match member.open().and_then(|pidfd| Ok(pidfd.signal(self.signal)?)) {
+            Ok(()) => self.sent += 1,
+            Err(error) if is_gone(&error) => {}
+            Err(error) => self.refused = Some(error),
+        }
+        true
     }
 }
 
