@@ -7,6 +7,7 @@
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
+//! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -31,6 +32,7 @@ pub mod running;
 pub mod signals;
 mod spawning;
 mod status;
+mod steered;
 pub mod store;
 mod switching;
 mod takeover;

@@ -4,11 +4,13 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `servers` | real servers, one a test |
+//! | `probes` | probes on the port that both generations have |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
 mod common;
 mod stage;
 
+mod probes;
 mod servers;
 mod steering;
