@@ -41,9 +41,17 @@ pub struct RunFlags {
     #[arg(long, value_enum, value_name = "SUPERVISOR", value_delimiter = ',', help_heading = SOCKETS)]
     pub compat: Vec<CompatWith>,
 
-    /// What shows that a generation can serve: auto, notify, tcp:PORT, http://…, exec:COMMAND, delay:DURATION
+    /// What shows that a generation can serve: auto, notify, tcp:PORT, http[s]://…, exec:COMMAND, delay:DURATION
     #[arg(long, value_name = "WHAT", default_value_t = Ready::Auto, long_help = help::READY, help_heading = UPGRADE)]
     pub ready: Ready,
+
+    /// Whose certificates --ready https://… trusts: a file in PEM, read once [default: the system's]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = UPGRADE)]
+    pub ready_ca: Option<PathBuf>,
+
+    /// The Host header of an HTTP probe, and the name in the certificate [default: the host of the URL]
+    #[arg(long, value_name = "NAME", value_parser = values::host, help_heading = UPGRADE)]
+    pub ready_host: Option<String>,
 
     /// How long one probe may take
     #[arg(

@@ -36,8 +36,11 @@ What shows that a generation can serve
                     (auto does so too with --handoff adopt)
   tcp:[HOST:]PORT   it takes connections there
   http://HOST:PORT[/PATH]   it answers 2xx or 3xx there
+  https://…         the same with TLS (--ready-ca, --ready-host)
+  https+insecure://…        with whatever certificate it has
   exec:COMMAND      the shell command succeeds
   delay:DURATION    it has run for so long
 
-tcp and http ask the new process at an address of its own: at a listener, which all generations share, the old one might \
-answer.";
+tcp and http ask the new process alone. Where each generation has a socket of its own (--switch steered, --handoff \
+adopt), that is so on its production port too; a program that binds for itself has to listen, besides, wherever the one \
+before does. At a listener that generations share, the old one might answer: that is refused.";

@@ -49,6 +49,10 @@ pub struct ServiceConfig {
     pub compat: Compat,
     /// What shows that a generation can serve.
     pub ready: Ready,
+    /// Whose certificates a probe trusts; none: the system's.
+    pub ready_ca: Option<PathBuf>,
+    /// How a probe names the server; none: as its URL does.
+    pub ready_host: Option<String>,
     /// How long one probe may take.
     pub probe_timeout: Duration,
     /// From the spawn until ready; none is no limit.

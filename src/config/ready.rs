@@ -33,15 +33,60 @@ pub enum Probe {
     Exec(String),
 }
 
-/// An `http://` address.
+/// How HTTP is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// `http://`
+    Plain,
+    /// `https://`: the certificate is looked at.
+    Verified,
+    /// `https+insecure://`: any certificate will do.
+    Insecure,
+}
+
+impl Scheme {
+    const ALL: [Scheme; 3] = [Scheme::Plain, Scheme::Verified, Scheme::Insecure];
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Scheme::Plain => "http://",
+            Scheme::Verified => "https://",
+            Scheme::Insecure => "https+insecure://",
+        }
+    }
+
+    fn usual_port(self) -> u16 {
+        match self {
+            Scheme::Plain => 80,
+            Scheme::Verified | Scheme::Insecure => 443,
+        }
+    }
+}
+
+/// An `http://` or `https://` address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Url {
+    /// How it is spoken.
+    pub scheme: Scheme,
     /// Where to connect.
     pub address: SocketAddr,
     /// What the Host header says.
     pub host: String,
     /// Path and query, from the first slash on.
     pub path: String,
+}
+
+impl Url {
+    /// By which the server is known, where nothing else was said.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let host = self.host.split(':').next().unwrap_or_default();
+        if host.eq_ignore_ascii_case("localhost") {
+            host.to_owned()
+        } else {
+            self.address.ip().to_string()
+        }
+    }
 }
 
 impl Probe {
@@ -81,23 +126,22 @@ impl FromStr for Ready {
         if let Some(delay) = text.strip_prefix("delay:") {
             return values::some_time(delay).map(|Span(delay)| Ready::Delay(delay));
         }
-        if let Some(rest) = text.strip_prefix("http://") {
-            return url(rest).map(|url| Ready::Probe(Probe::Http(url)));
-        }
-        if text.starts_with("https://") {
-            return Err("only http:// is spoken; exec:'curl -fsS https://…' does it".to_owned());
+        let urls = Scheme::ALL.iter().find_map(|scheme| Some((*scheme, text.strip_prefix(scheme.prefix())?)));
+        if let Some((scheme, rest)) = urls {
+            return url(scheme, rest).map(|url| Ready::Probe(Probe::Http(url)));
         }
         match text.strip_prefix("tcp://").or_else(|| text.strip_prefix("tcp:")) {
             Some(rest) => address(rest, None).map(|address| Ready::Probe(Probe::Tcp(address))),
             None => Err(
-                "write auto, notify, listen, tcp:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND or delay:DURATION"
+                "write auto, notify, listen, tcp:[HOST:]PORT, http://HOST:PORT/PATH, https://…, https+insecure://…, \
+                 exec:COMMAND or delay:DURATION"
                     .to_owned(),
             ),
         }
     }
 }
 
-fn url(rest: &str) -> Result<Url, String> {
+fn url(scheme: Scheme, rest: &str) -> Result<Url, String> {
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (host, path) = rest.split_at(end);
     if host.contains('@') {
@@ -107,7 +151,8 @@ fn url(rest: &str) -> Result<Url, String> {
         return Err("the path has a character that a URL writes as %20 or the like".to_owned());
     }
     let slash = if path.starts_with('/') { "" } else { "/" };
-    Ok(Url { address: address(host, Some(80))?, host: host.to_owned(), path: format!("{slash}{path}") })
+    let address = address(host, Some(scheme.usual_port()))?;
+    Ok(Url { scheme, address, host: host.to_owned(), path: format!("{slash}{path}") })
 }
 
 /// `HOST:PORT`, `:PORT` or `PORT`; `HOST` alone where there is a usual port. Names are not looked up: the answer could
@@ -150,7 +195,7 @@ impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Probe::Tcp(address) => write!(f, "tcp://{address}"),
-            Probe::Http(Url { host, path, .. }) => write!(f, "http://{host}{path}"),
+            Probe::Http(Url { scheme, host, path, .. }) => write!(f, "{}{host}{path}", scheme.prefix()),
             Probe::Exec(command) => write!(f, "exec:{command}"),
         }
     }
@@ -176,19 +221,23 @@ mod tests {
         assert_eq!(probe("tcp::9000"), Probe::Tcp("127.0.0.1:9000".parse().unwrap()));
         assert_eq!(probe("tcp://[::1]:9000"), Probe::Tcp("[::1]:9000".parse().unwrap()));
         assert_eq!(probe("exec:curl -f x"), Probe::Exec("curl -f x".to_owned()));
-        let url = |host: &str, address: &str, path: &str| {
-            Probe::Http(Url { address: address.parse().unwrap(), host: host.to_owned(), path: path.to_owned() })
+        let url = |scheme, host: &str, address: &str, path: &str| {
+            let (host, path) = (host.to_owned(), path.to_owned());
+            Probe::Http(Url { scheme, address: address.parse().unwrap(), host, path })
         };
-        assert_eq!(probe("http://localhost:81/up?x=1"), url("localhost:81", "127.0.0.1:81", "/up?x=1"));
-        assert_eq!(probe("http://[::1]"), url("[::1]", "[::1]:80", "/"));
-        assert_eq!(probe("http://127.0.0.1?q"), url("127.0.0.1", "127.0.0.1:80", "/?q"));
+        let plain = Scheme::Plain;
+        assert_eq!(probe("http://localhost:81/up?x=1"), url(plain, "localhost:81", "127.0.0.1:81", "/up?x=1"));
+        assert_eq!(probe("http://[::1]"), url(plain, "[::1]", "[::1]:80", "/"));
+        assert_eq!(probe("http://127.0.0.1?q"), url(plain, "127.0.0.1", "127.0.0.1:80", "/?q"));
+        assert_eq!(probe("https://[::1]/x"), url(Scheme::Verified, "[::1]", "[::1]:443", "/x"));
+        assert_eq!(probe("https+insecure://127.0.0.1:8"), url(Scheme::Insecure, "127.0.0.1:8", "127.0.0.1:8", "/"));
     }
 
     #[test]
     fn what_proves_nothing_is_refused() {
         for (text, part) in [
             ("tcp", "old generation"),
-            ("https://x/", "curl"),
+            ("https://x/", "not looked up"),
             ("http://example.com/", "not looked up"),
             ("http://u:p@127.0.0.1/", "password"),
             ("http://127.0.0.1:0/", "1 to 65535"),
@@ -207,7 +256,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics_and_what_is_shown_is_read_back(
-            text in "(tcp:|tcp://|http://|exec:|delay:)?(\\[?[0-9a-f:.]{0,12}\\]?|localhost|\\PC{0,8})(:[0-9]{0,6})?(/[a-z?#]{0,5})?"
+            text in "(tcp:|tcp://|http://|https://|https[+]insecure://|exec:|delay:)?(\\[?[0-9a-f:.]{0,12}\\]?|localhost|\\PC{0,8})(:[0-9]{0,6})?(/[a-z?#]{0,5})?"
         ) {
             if let Ok(ready) = text.parse::<Ready>() {
                 prop_assert_eq!(ready.to_string().parse::<Ready>(), Ok(ready));

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::flags::{CompatWith, RunFlags};
-use super::ready::Ready;
+use super::ready::{Probe, Ready, Scheme};
 use super::values::Span;
 use super::{start_directory, Compat, Drain, EnvFile, Handoff, ServiceConfig, NAME_MOST};
 use crate::listener::address::Address;
@@ -59,6 +59,14 @@ pub enum ConfigError {
         /// Where it is.
         address: String,
     },
+    /// A flag about a probe that is not asked for.
+    #[error("{flag} is for --ready {probe}; write both or none")]
+    NoSuchProbe {
+        /// Which flag.
+        flag: &'static str,
+        /// What it is about.
+        probe: &'static str,
+    },
     /// Never ready.
     #[error("--ready delay:{delay} is not shorter than --start-timeout {timeout}: no generation would ever be ready; raise the latter")]
     NeverReady {
@@ -92,6 +100,8 @@ impl RunFlags {
                 einhorn: self.compat.contains(&CompatWith::Einhorn),
             },
             ready: self.ready,
+            ready_ca: self.ready_ca.map(|path| here.join(path)),
+            ready_host: self.ready_host,
             probe_timeout: self.probe_timeout.0,
             start_timeout: self.start_timeout.0,
             bake: self.bake.0,
@@ -145,6 +155,16 @@ impl ServiceConfig {
         }
         if self.handoff == Handoff::Socket {
             self.check_without_numbers()?;
+        }
+        let url = match &self.ready {
+            Ready::Probe(Probe::Http(url)) => Some(url),
+            _ => None,
+        };
+        if self.ready_ca.is_some() && url.is_none_or(|url| url.scheme != Scheme::Verified) {
+            return Err(ConfigError::NoSuchProbe { flag: "--ready-ca", probe: "https://…" });
+        }
+        if self.ready_host.is_some() && url.is_none() {
+            return Err(ConfigError::NoSuchProbe { flag: "--ready-host", probe: "http://… or https://…" });
         }
         if let (Ready::Delay(delay), Some(timeout)) = (&self.ready, self.start_timeout) {
             if *delay >= timeout {

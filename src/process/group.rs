@@ -191,7 +191,9 @@ impl Group {
     fn look(&self) -> io::Result<Found> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let mut young = BTreeMap::new();
-        self.each_young(|pid, stat| drop(young.insert(pid, stat)))?;
+        self.each_young(|pid, stat| {
+            young.insert(pid, stat);
+        })?;
         Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
     }
 

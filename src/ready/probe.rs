@@ -1,6 +1,7 @@
 //! Probes: whether a generation serves, found out from outside.
 //!
-//! An answer counts only if it comes from the generation that was meant. Two generations may listen on one port, so
+//! An answer counts only if it comes from the generation that was meant. Two generations may listen on one port: where
+//! they have sockets of their own, the probe is steered to the one that is meant (`divert`). And whether steered or not,
 //! after connecting the kernel is asked which socket is at the other end, and `/proc` whether one of the generation's
 //! processes has it. An HTTP request is held back before its last line until that is known: no server answers, or closes
 //! the connection, before.
@@ -13,10 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
+use super::divert::{connect, Steering};
+use super::tls::Tls;
 use crate::config::ready::{Probe, Url};
 use crate::drain::{connections, diag};
 use crate::process::group::{Group, MARKER_VAR};
@@ -43,6 +45,12 @@ pub struct Context {
     pub pid: i32,
     /// All of its processes.
     pub pids: Arc<dyn Fn() -> io::Result<Vec<i32>> + Send + Sync>,
+    /// Lets a probe reach that generation alone.
+    pub steering: Steering,
+    /// For `https://`.
+    pub tls: Option<Tls>,
+    /// What the Host header says, and whose certificate it is to be; none: as the URL has it.
+    pub host: Option<String>,
     /// For what an exec probe runs.
     pub reaper: Reaper,
     /// Longest time of one attempt.
@@ -104,21 +112,16 @@ pub async fn until_ready(probe: &Probe, context: &Context, mut report: impl FnMu
 async fn attempt(probe: &Probe, context: &Context) -> Result<(), WhyNot> {
     match probe {
         Probe::Tcp(address) => {
-            let stream = connect(*address).await?;
-            is_of_generation(&stream, context).await
+            let (stream, _diverted) = connect(*address, &context.steering).await?;
+            is_of_generation((stream.local_addr()?, stream.peer_addr()?), context).await
         }
         Probe::Http(url) => http(url, context).await,
         Probe::Exec(command) => exec(command, context).await,
     }
 }
 
-async fn connect(address: SocketAddr) -> Result<TcpStream, WhyNot> {
-    TcpStream::connect(address).await.map_err(|source| WhyNot::Connect { address, source })
-}
-
 /// Waits until the connection was accepted, and looks by whom.
-async fn is_of_generation(stream: &TcpStream, context: &Context) -> Result<(), WhyNot> {
-    let (local, address) = (stream.local_addr()?, stream.peer_addr()?);
+async fn is_of_generation((local, address): (SocketAddr, SocketAddr), context: &Context) -> Result<(), WhyNot> {
     let inode = loop {
         match diag::far_side(local, address)? {
             Some(connection) if connection.inode != 0 => break connection.inode,
@@ -138,14 +141,36 @@ async fn is_of_generation(stream: &TcpStream, context: &Context) -> Result<(), W
 }
 
 async fn http(url: &Url, context: &Context) -> Result<(), WhyNot> {
-    let mut stream = connect(url.address).await?;
-    let head = format!(
-        "GET {} HTTP/1.1\r\nHost: {}\r\nUser-Agent: zddsup\r\nAccept: */*\r\nConnection: close\r\n",
-        url.path, url.host
-    );
+    let (stream, _diverted) = connect(url.address, &context.steering).await?;
+    let ends = (stream.local_addr()?, stream.peer_addr()?);
+    match &context.tls {
+        None => exchange(stream, ends, url, context).await,
+        Some(tls) => {
+            let known_as = context.host.clone().unwrap_or_else(|| url.name());
+            let shaken = tls.over(stream, &known_as).await;
+            let stream =
+                shaken.map_err(|error| WhyNot::Answer(format!("{} does not speak TLS: {error}", url.address)))?;
+            exchange(stream, ends, url, context).await
+        }
+    }
+}
+
+/// Sends a request, and reads the status of its answer.
+async fn exchange(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    ends: (SocketAddr, SocketAddr),
+    url: &Url,
+    context: &Context,
+) -> Result<(), WhyNot> {
+    let host = context.host.as_ref().unwrap_or(&url.host);
+    let path = &url.path;
+    let head =
+        format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: zddsup\r\nAccept: */*\r\nConnection: close\r\n");
     stream.write_all(head.as_bytes()).await?;
-    is_of_generation(&stream, context).await?;
+    stream.flush().await?;
+    is_of_generation(ends, context).await?;
     stream.write_all(b"\r\n").await?;
+    stream.flush().await?;
     let mut answer = Vec::new();
     while !answer.contains(&b'\n') && answer.len() < HEAD {
         if stream.read_buf(&mut answer).await? == 0 {
@@ -209,6 +234,7 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ready::Scheme;
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
@@ -218,6 +244,9 @@ mod tests {
             generation: 1,
             pid: pids[0],
             pids: Arc::new(move || Ok(pids.clone())),
+            steering: Arc::new(|_| {}),
+            tls: None,
+            host: None,
             reaper: Reaper::new(),
             timeout: Duration::from_secs(5),
         }
@@ -245,7 +274,7 @@ mod tests {
     }
 
     fn http_at(address: SocketAddr) -> Probe {
-        Probe::Http(Url { address, host: "here".to_owned(), path: "/health?x=1".to_owned() })
+        Probe::Http(Url { scheme: Scheme::Plain, address, host: "here".to_owned(), path: "/health?x=1".to_owned() })
     }
 
     #[tokio::test(flavor = "current_thread")]

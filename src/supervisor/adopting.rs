@@ -36,7 +36,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// All sockets that are steered.
 #[derive(Debug, Default)]
 pub struct Adopted {
-    groups: BTreeMap<Key, Group>,
+    pub(super) groups: BTreeMap<Key, Group>,
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
     /// Ports that the kernel chose for a service that bound port 0: the next generation gets the same.
@@ -271,9 +271,9 @@ impl Driver {
     pub(super) fn quiet(&mut self, id: GenerationId, count: u32, given_up: bool) {
         let Some(running) = self.running.get(&id) else { return };
         let says_it_itself = match self.config.ready {
-            Ready::Listen => false,
+            Ready::Listen | Ready::Probe(_) => false,
             Ready::Auto => self.speaks,
-            Ready::Notify | Ready::Probe(_) | Ready::Delay(_) => true,
+            Ready::Notify | Ready::Delay(_) => true,
         };
         if running.ready || running.listens != count || says_it_itself {
             return;
@@ -283,12 +283,14 @@ impl Driver {
         for key in &missing {
             let why = format!("does not listen on {key} yet, where the generation before does");
             if given_up {
-                tracing::warn!(generation = %id, "{why}: taken as ready without it");
+                tracing::warn!(generation = %id, "{why}: not waited for any longer");
             } else if let Some(running) = self.running.get_mut(&id) {
                 running.why_not = Some(why);
             }
         }
-        if missing.is_empty() || given_up {
+        let Some(running) = self.running.get_mut(&id) else { return };
+        running.has_listened |= missing.is_empty() || given_up;
+        if running.has_listened && (running.probed || !matches!(self.config.ready, Ready::Probe(_))) {
             self.happened(Event::Ready(id));
         }
     }

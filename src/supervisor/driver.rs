@@ -24,7 +24,9 @@ use crate::process::limits::Limit;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
 use crate::process::spawn::{SpawnError, Spawned};
+use crate::ready::divert::Wish;
 use crate::ready::notify::Datagram;
+use crate::ready::tls::Tls;
 use crate::sys::seccomp::Notification;
 
 /// What tasks report to the loop.
@@ -38,6 +40,8 @@ pub enum Input {
     Gone(GenerationId, Pid, End),
     /// A probe succeeded, or the delay is over.
     Probed(GenerationId),
+    /// A probe wants to reach its generation alone.
+    Wished(GenerationId, Wish),
     /// It ran for a while without an end.
     Settled(GenerationId),
     /// A probe did not succeed yet.
@@ -88,6 +92,8 @@ pub struct Driver {
     pub(super) upward: Upward,
     pub(super) counting: Counting,
     pub(super) adopted: Adopted,
+    /// For probes by `https://`.
+    pub(super) tls: Option<Tls>,
     /// Whether calls cannot be caught here.
     pub(super) cannot_trap: bool,
     /// When to look again whether generations without a main process are gone.
@@ -122,7 +128,8 @@ impl Driver {
             Input::Spawned(id, result) => self.spawned(id, result),
             Input::Ended(id, pid, end) => self.ended(id, pid, end),
             Input::Gone(id, pid, end) => self.gone(id, pid, end),
-            Input::Probed(id) => self.happened(Event::Ready(id)),
+            Input::Probed(id) => self.probed(id),
+            Input::Wished(id, wish) => self.adopted.grant(id, wish),
             Input::Caught(id, notification) => self.caught(id, &notification),
             Input::Quiet { generation, count, given_up } => self.quiet(generation, count, given_up),
             Input::Settled(id) => self.settled_in(id),

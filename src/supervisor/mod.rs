@@ -8,6 +8,7 @@
 //! | [`readiness`] | how it learns that a candidate can serve |
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
 //! | [`unseen`] | sockets that were not caught |
+//! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -32,6 +33,7 @@ pub mod running;
 pub mod signals;
 mod spawning;
 mod status;
+mod steered;
 pub mod store;
 mod switching;
 mod takeover;

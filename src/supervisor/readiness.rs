@@ -35,11 +35,15 @@ impl Driver {
             Ready::Probe(target) => {
                 let Some(running) = self.running.get(&id) else { return };
                 let Some(group) = running.group.clone() else { return };
+                let wishes = inbox.clone();
                 let context = probe::Context {
                     service: self.config.name.clone(),
                     generation: id.0,
                     pid: group.leader().pid,
                     pids: Arc::new(move || group.pids()),
+                    steering: Arc::new(move |wish| drop(wishes.send(Input::Wished(id, wish)))),
+                    tls: self.tls.clone(),
+                    host: self.config.ready_host.clone(),
                     reaper: self.reaper.clone(),
                     timeout: self.config.probe_timeout,
                 };
@@ -56,6 +60,17 @@ impl Driver {
         };
         if let Some(running) = self.running.get_mut(&id) {
             running.tasks.add(&task);
+        }
+    }
+
+    /// A probe succeeded, or the delay is over. Whoever binds for itself is to listen as well, wherever the one before does.
+    pub(super) fn probed(&mut self, id: GenerationId) {
+        let nothing_expected = self.expected().is_empty();
+        let Some(running) = self.running.get_mut(&id) else { return };
+        running.probed = true;
+        let waits = matches!(self.config.ready, Ready::Probe(_)) && !running.has_listened && !nothing_expected;
+        if !waits {
+            self.happened(Event::Ready(id));
         }
     }
 

@@ -17,7 +17,8 @@ use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
-use crate::config::{environment, start_directory, ConfigError, EnvError, ServiceConfig};
+use crate::config::ready::{Probe, Scheme};
+use crate::config::{environment, start_directory, ConfigError, EnvError, Ready, ServiceConfig};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
@@ -28,6 +29,7 @@ use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
+use crate::ready::tls::{Tls, TlsError};
 
 /// News that a slow follower may be behind before some are left out.
 const EVENTS_HELD: usize = 256;
@@ -56,6 +58,9 @@ pub enum StartError {
     /// The user or group is unknown.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// TLS of probes.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The control socket cannot be had.
     #[error(transparent)]
     Control(#[from] server::BindError),
@@ -81,13 +86,17 @@ impl StartError {
     /// Whether the configuration is to blame.
     #[must_use]
     pub fn is_invalid(&self) -> bool {
-        matches!(self, StartError::Config(_) | StartError::Environment(_) | StartError::Identity(_))
+        matches!(
+            self,
+            StartError::Config(_) | StartError::Environment(_) | StartError::Identity(_) | StartError::Tls(_)
+        )
     }
 }
 
 /// What is had before the first spawn.
 struct Held {
     listeners: Vec<Listener>,
+    tls: Option<Tls>,
     nofile: Option<limits::Limit>,
     reaper: Reaper,
     output: Output,
@@ -120,6 +129,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
     environment::for_generation(&config)?;
     Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
+    let tls = tls(&config)?;
     let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
@@ -141,7 +151,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let (over, end) = oneshot::channel::<()>();
     let handle = Handle { commands, events: events.clone() };
     let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
-    let held = Held { listeners, nofile, reaper, output, state_file: file("state") };
+    let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state") };
     let mut driver = Driver::new(config, held, inbox, events);
     driver.begin(orphans);
 
@@ -163,6 +173,16 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     Ok(ended)
 }
 
+/// For a probe by `https://`. The file of authorities is read once.
+pub(crate) fn tls(config: &ServiceConfig) -> Result<Option<Tls>, TlsError> {
+    let Ready::Probe(Probe::Http(url)) = &config.ready else { return Ok(None) };
+    match url.scheme {
+        Scheme::Plain => Ok(None),
+        Scheme::Verified => Tls::verified(config.ready_ca.as_deref()).map(Some),
+        Scheme::Insecure => Tls::insecure().map(Some),
+    }
+}
+
 async fn until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -181,7 +201,7 @@ impl Driver {
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
-        let Held { listeners, nofile, reaper, output, state_file } = held;
+        let Held { listeners, tls, nofile, reaper, output, state_file } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
@@ -207,6 +227,7 @@ impl Driver {
             upward: Upward::default(),
             counting: Counting::default(),
             adopted: Adopted::default(),
+            tls,
             cannot_trap: false,
             sweep_due: None,
             speaks: false,

@@ -41,6 +41,10 @@ pub struct Running {
     pub notifier: Option<Arc<Notifier>>,
     /// How often it called listen(2).
     pub listens: u32,
+    /// Whether it listens wherever the one before does, or what is missing was given up.
+    pub has_listened: bool,
+    /// Whether its probe has succeeded.
+    pub probed: bool,
     /// Its drain is observed: how many looks in a row have found no connection of it.
     pub quiet_looks: Option<u32>,
     /// The supervisor's end of its handoff socket.

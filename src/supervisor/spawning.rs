@@ -90,6 +90,8 @@ impl Driver {
             notify: None,
             notifier: None,
             listens: 0,
+            has_listened: false,
+            probed: false,
             quiet_looks: None,
             channel: None,
             capture: None,

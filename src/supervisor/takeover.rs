@@ -135,6 +135,8 @@ impl Driver {
                 notify: None,
                 notifier: None,
                 listens: 0,
+                has_listened: false,
+                probed: false,
                 quiet_looks: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),

@@ -10,6 +10,7 @@ pub struct Flags {
     pub version: String,
     pub bind: Option<String>,
     pub also_bind: Vec<String>,
+    pub also_bind_after: Duration,
     pub healthy_after: Duration,
     pub ready: Ready,
     pub notify_raw: Vec<String>,
@@ -79,6 +80,7 @@ impl Flags {
         match name {
             "--version" => self.version = value()?,
             "--bind" => self.bind = Some(value()?),
+            "--also-bind-after-ms" => self.also_bind_after = millis(&value()?)?,
             "--also-bind" => self.also_bind.push(value()?),
             "--healthy-after-ms" => self.healthy_after = millis(&value()?)?,
             "--ready" => self.ready = ready(&value()?)?,

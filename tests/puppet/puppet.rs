@@ -6,6 +6,7 @@
 //! --version V            named in each answer: "version=V pid=P generation=G"
 //! --bind ADDR            where to listen when LISTEN_FDS gives nothing
 //! --also-bind ADDR       one more listener of its own, with SO_REUSEPORT (for probes)
+//! --also-bind-after-ms N such a listener comes that late
 //! --healthy-after-ms N   /health is 503 until then
 //! --ready HOW            notify (default), none, delay-ms=N, child (READY=1 comes from a child process)
 //! --notify-raw TEXT      sends any text before READY=1; "\n" is a line's end
@@ -28,7 +29,7 @@
 //!
 //! Paths: `/`, `/health`, `/slow?ms=N`, `/big?bytes=N`, `/env`, `/fds`, `/inherited` (what it was started with),
 //! `/signals` (that came), `/stored` (what it got back from the fd store), `/grandchild` (its pid), `/stderr?text=T`,
-//! `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N&times=N`,
+//! `/sicken` (`/health` is 503 from then on), `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N&times=N`,
 //! `/barrier?text=T` (answers once the supervisor has taken that text).
 //!
 //! TERM: it stops accepting, answers with `Connection: close`, lets an idle connection send one more request for 2 s,
@@ -67,6 +68,7 @@ pub struct Puppet {
     stored: Vec<String>,
     grandchild: Option<u32>,
     begin: Instant,
+    sick: AtomicBool,
     draining: AtomicBool,
     hung: AtomicBool,
     exit: AtomicI32,
@@ -121,7 +123,10 @@ fn main() {
         listeners.extend(flags.bind.iter().map(|address| listeners::bind(address)));
     }
     let given = listeners.len();
-    listeners.extend(flags.also_bind.iter().map(|address| listeners::bind(address)));
+    let late = flags.also_bind_after;
+    if late.is_zero() {
+        listeners.extend(flags.also_bind.iter().map(|address| listeners::bind(address)));
+    }
 
     let (woken, waker) = UnixStream::pair().expect("a socket pair");
     let puppet = Arc::new(Puppet {
@@ -129,6 +134,7 @@ fn main() {
         stored: stored.collect(),
         grandchild,
         begin: Instant::now(),
+        sick: AtomicBool::new(false),
         draining: AtomicBool::new(false),
         hung: AtomicBool::new(false),
         exit: AtomicI32::new(NO_EXIT),
@@ -144,6 +150,15 @@ fn main() {
         puppet.prepare(listener);
     }
     let acceptors = listeners.iter().map(|listener| puppet.accept_in_thread(listener)).collect();
+    if !late.is_zero() {
+        let puppet = Arc::clone(&puppet);
+        std::thread::spawn(move || {
+            std::thread::sleep(late);
+            for address in &puppet.flags.also_bind {
+                puppet.accept_in_thread(&Arc::new(listeners::bind(address)));
+            }
+        });
+    }
     puppet.tell();
     puppet.obey(&listeners, acceptors);
 }
@@ -323,7 +338,11 @@ impl Puppet {
     }
 
     fn is_healthy(&self) -> bool {
-        self.begin.elapsed() >= self.flags.healthy_after
+        self.begin.elapsed() >= self.flags.healthy_after && !self.sick.load(Ordering::SeqCst)
+    }
+
+    fn sicken(&self) {
+        self.sick.store(true, Ordering::SeqCst);
     }
 
     /// Waits for a request; false when an idle connection has had its time.

@@ -65,6 +65,10 @@ fn answer(puppet: &Puppet, target: &str) -> (&'static str, String) {
             return ("503 Service Unavailable", "not yet".to_owned());
         }
         "/" | "/health" => puppet.name(),
+        "/sicken" => {
+            puppet.sicken();
+            puppet.name()
+        }
         "/slow" => {
             std::thread::sleep(Duration::from_millis(number("ms").unwrap_or(1000).into()));
             puppet.name()

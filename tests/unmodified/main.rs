@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
 //! | `servers` | real servers, one a test |
+//! | `probes` | probes on the port that both generations have |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -12,5 +13,6 @@ mod common;
 mod stage;
 
 mod places;
+mod probes;
 mod servers;
 mod steering;

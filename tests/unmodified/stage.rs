@@ -19,9 +19,15 @@ pub struct Site {
 
 impl Site {
     pub fn new() -> Site {
-        let reserved = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        Site::at("127.0.0.1")
+    }
+
+    /// At another address of this machine.
+    pub fn at(ip: &str) -> Site {
+        let any_port = SocketAddr::new(ip.parse().unwrap(), 0);
+        let reserved = Socket::new(Domain::for_address(any_port), Type::STREAM, None).unwrap();
         reserved.set_reuse_address(true).unwrap();
-        reserved.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        reserved.bind(&any_port.into()).unwrap();
         let address = reserved.local_addr().unwrap().as_socket().unwrap();
         Site { dir: Arc::new(tempfile::tempdir().unwrap()), address, _reserved: reserved }
     }

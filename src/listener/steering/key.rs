@@ -78,6 +78,15 @@ impl Key {
         self.local
     }
 
+    /// Whether connections to this address may arrive there.
+    #[must_use]
+    pub fn takes(&self, to: SocketAddr) -> bool {
+        let (own, ip) = (self.local.ip().to_canonical(), to.ip().to_canonical());
+        let here =
+            own == ip || own.is_unspecified() && (own.is_ipv4() == ip.is_ipv4() || own.is_ipv6() && !self.v6only);
+        here && self.protocol == Protocol::Tcp && self.local.port() == to.port()
+    }
+
     /// What reaches it.
     pub(super) fn family(&self) -> Family {
         match self.local.ip() {
@@ -177,6 +186,20 @@ mod tests {
         second.bind(&address).unwrap();
         first.listen(1).unwrap();
         second.listen(1).unwrap();
+    }
+
+    #[test]
+    fn what_a_socket_takes() {
+        let takes = |own: &str, v6only, to: &str| {
+            let key = key(&bound(Type::STREAM, own, v6only));
+            key.takes(SocketAddr::new(to.parse().unwrap(), key.local().port()))
+        };
+        assert!(takes("127.0.0.1:0", false, "127.0.0.1") && !takes("127.0.0.1:0", false, "127.0.0.2"));
+        assert!(takes("0.0.0.0:0", false, "127.0.0.1") && !takes("0.0.0.0:0", false, "::1"));
+        assert!(takes("[::]:0", false, "127.0.0.1") && !takes("[::]:0", true, "127.0.0.1"));
+        assert!(takes("[::]:0", true, "::1") && takes("[::ffff:127.0.0.1]:0", false, "127.0.0.1"));
+        let key = key(&bound(Type::STREAM, "127.0.0.1:0", false));
+        assert!(!key.takes("127.0.0.1:1".parse().unwrap()));
     }
 
     #[test]
