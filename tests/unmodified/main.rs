@@ -3,12 +3,15 @@
 //!
 //! | file | what it is about |
 //! |---|---|
-//! | `servers` | real servers, one a test |
+//! | `servers` | real servers, one a test: the table of the README |
+//! | `table` | that the README's table has these, or is written anew from their results |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
 mod common;
+mod matrix;
 mod stage;
 
 mod servers;
 mod steering;
+mod table;
