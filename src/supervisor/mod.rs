@@ -10,6 +10,7 @@
 //! | [`ports`] | which ports the kernel chose for them |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
+//! | [`daemons`] | programs whose first process is not the one that stays |
 //! | [`running`] | what is held for a generation while it lives |
 //! | [`messages`] | what generations say: notify and handoff messages |
 //! | [`transactions`], [`reports`] | news of upgrades, and their history |
@@ -20,6 +21,7 @@
 
 mod adopting;
 mod counting;
+mod daemons;
 pub mod driver;
 mod ending;
 pub mod instance;

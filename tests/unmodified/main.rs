@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `servers` | real servers, one a test: the table of the README |
 //! | `table` | that the README's table has these, or is written anew from their results |
+//! | `versions` | new versions that do not listen, crash, fork away |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -15,3 +16,4 @@ mod stage;
 mod servers;
 mod steering;
 mod table;
+mod versions;
