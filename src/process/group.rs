@@ -4,7 +4,7 @@
 //! - it is in a process group or session that a member leads (the first process leads a group of its own),
 //! - it has the generation's marker in its environment (a daemon that called fork and setsid twice still has),
 //! - it is a descendant of one of these,
-//! - it was one before.
+//! - it was one before, or was admitted.
 //!
 //! Nothing that is older than the first process belongs to it, so that most of `/proc` is passed over cheaply. Each
 //! signal goes to a pidfd that was checked after it was opened: a pid that is used again is never hit.
@@ -116,6 +116,13 @@ impl Group {
     #[must_use]
     pub fn leader(&self) -> Member {
         self.leader
+    }
+
+    /// A process that is known to be one of them by other means.
+    pub fn admit(&self, member: Member) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.strangers.remove(&member);
+        known.members.insert(member);
     }
 
     /// Whether none of them lives. One that is dead and was not reaped yet does not count.

@@ -8,6 +8,7 @@
 //! | `failure`, `interpreter` | why that did not work, in words |
 //! | [`reaper`] | the one place where children are reaped |
 //! | [`group`], `table` | all processes of a generation, and what `/proc` says of one |
+//! | [`orphans`] | daemons that hid where they come from |
 //! | [`output`], `capture`, `tail` | the way of a service's stderr |
 
 mod capture;
@@ -16,6 +17,7 @@ pub mod group;
 pub mod identity;
 mod interpreter;
 pub mod limits;
+pub mod orphans;
 pub mod output;
 pub mod program;
 pub mod reaper;

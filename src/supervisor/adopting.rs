@@ -18,8 +18,10 @@ use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use socket2::{SockRef, Type};
 
 use super::driver::{Driver, Input};
+use super::ports::Ports;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
+use crate::drain::connections::has_socket;
 use crate::drain::retired::Retired;
 use crate::handoff::adopt::remote::{Address, Caller, LookError};
 use crate::listener::steering::{Group, Key, Protocol};
@@ -39,8 +41,7 @@ pub struct Adopted {
     pub(super) groups: BTreeMap<Key, Group>,
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
-    /// Ports that the kernel chose for a service that bound port 0: the next generation gets the same.
-    chosen: Vec<SocketAddr>,
+    ports: Ports,
     due: Option<Instant>,
 }
 
@@ -173,21 +174,26 @@ impl Driver {
         if !matches!(socket.r#type(), Ok(kind) if kind == Type::STREAM) {
             return Ok(Verdict::GoesOn);
         }
+        let (asked, before) = (address, self.port_of_before(id, address));
+        let address = before.unwrap_or(asked);
         if let Some(held) = self.left_behind(address) {
             // Status flags are the socket's, close-on-exec is the number's.
             let flags = fcntl(&own, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
             let _cannot_fail_on_an_open_fd = fcntl(&*held, FcntlArg::F_SETFL(flags));
             self.hand_over(&held, id);
+            if before.is_some() {
+                self.adopted.ports.bound(id, &held);
+            }
             tracing::info!(generation = %id, "gets the socket of {address} that is left, with what waits in its queue");
             return Ok(Verdict::Replaced { by: held, close_on_exec: caller.closes_on_exec(fd)? });
         }
         if let Err(error) = socket.set_reuse_port(true) {
             tracing::warn!(generation = %id, "its socket for {address} cannot be shared with a later one: {error}");
         }
-        if let Some(chosen) = self.port_of_before(id, address) {
-            if socket.bind(&chosen.into()).is_ok() {
-                return Ok(Verdict::Done(Ok(())));
-            }
+        // Done here, so that the port is known. Where it cannot be had any more, the kernel chooses another one.
+        if asked.port() == 0 && [address, asked].iter().any(|&address| socket.bind(&address.into()).is_ok()) {
+            self.adopted.ports.bound(id, &own);
+            return Ok(Verdict::Done(Ok(())));
         }
         Ok(Verdict::GoesOn)
     }
@@ -217,13 +223,13 @@ impl Driver {
     }
 
     /// The port that the kernel chose for the generation before, where this one asks for any.
-    fn port_of_before(&self, id: GenerationId, address: SocketAddr) -> Option<SocketAddr> {
-        if address.port() != 0 {
-            return None;
-        }
-        let own = self.adopted.addresses(id);
-        let mut chosen = self.adopted.chosen.iter().filter(|chosen| chosen.ip() == address.ip());
-        chosen.find(|chosen| own.iter().all(|key| key.local() != **chosen)).copied()
+    fn port_of_before(&self, id: GenerationId, asked: SocketAddr) -> Option<SocketAddr> {
+        let group = self.running.get(&id)?.group.as_ref()?;
+        let is_open = |inode: u64| {
+            let pids = group.pids().unwrap_or_default();
+            u32::try_from(inode).is_ok_and(|inode| has_socket(&pids, inode))
+        };
+        self.adopted.ports.of_before(id, asked, is_open)
     }
 
     fn listens(&mut self, id: GenerationId, socket: OwnedFd, backlog: i32) -> Verdict {
@@ -302,7 +308,7 @@ impl Driver {
 
     /// New connections go to this generation from now on, wherever it listens.
     pub(super) fn steer_to(&mut self, to: GenerationId, from: Option<GenerationId>) {
-        let chosen: Vec<_> = self.adopted.addresses(to).iter().map(Key::local).collect();
+        let listens: Vec<_> = self.adopted.addresses(to).iter().map(Key::local).collect();
         for group in self.adopted.groups.values_mut() {
             if !group.of(to).is_empty() {
                 if let Err(error) = group.steer_to(to) {
@@ -312,7 +318,8 @@ impl Driver {
                 tracing::warn!(generation = %to, "does not listen on {} any more: closed once nobody is left there", group.key());
             }
         }
-        self.adopted.chosen = chosen;
+        let running = &self.running;
+        self.adopted.ports.serves(to, &listens, |owner| running.contains_key(&owner));
         self.tend_left();
     }
 

@@ -107,11 +107,16 @@ impl Driver {
     }
 
     pub(super) fn gone(&mut self, id: GenerationId, pid: Pid, end: End) {
-        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(running) = self.running.get(&id) else { return };
         if running.main.as_ref().is_some_and(|main| main.member.pid != pid.as_raw()) {
             // A daemon's first process: MAINPID named another one meanwhile.
             return;
         }
+        self.claim_orphans(id);
+        if self.goes_on_as_daemon(id, end) {
+            return;
+        }
+        let Some(running) = self.running.get_mut(&id) else { return };
         running.main = None;
         running.end = Some(end);
         running.watchdog.due = None;

@@ -9,8 +9,10 @@
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
 //! | [`unseen`] | sockets that were not caught |
 //! | [`steered`] | who is reached at an address where several generations have sockets |
+//! | [`ports`] | which ports the kernel chose for them |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
+//! | [`daemons`] | programs whose first process is not the one that stays |
 //! | [`running`] | what is held for a generation while it lives |
 //! | [`messages`] | what generations say: notify and handoff messages |
 //! | [`transactions`], [`reports`] | news of upgrades, and their history |
@@ -21,10 +23,12 @@
 
 mod adopting;
 mod counting;
+mod daemons;
 pub mod driver;
 mod ending;
 pub mod instance;
 mod messages;
+mod ports;
 mod readiness;
 pub mod recorded;
 pub mod reports;

@@ -11,7 +11,7 @@ use crate::control::types::{
     Event, Generation, GenerationPhase, Listener, Program, ServicePhase, Status, Supervisor, UpgradeKind,
 };
 use crate::core::stopping::Life;
-use crate::core::{Failure, GenerationId, Kind, Phase, Stage};
+use crate::core::{End, Failure, GenerationId, Kind, Phase, Stage};
 
 impl Driver {
     /// All of it.
@@ -185,6 +185,13 @@ impl Driver {
         }
         if let (Failure::StartTimeout, Some(why_not)) = (failure, &running.why_not) {
             let _fits = write!(why, "; its probe: {why_not}");
+        }
+        match failure {
+            Failure::Exited(End::Exited(0)) => why.push_str("; let it stay in the foreground"),
+            Failure::StartTimeout if self.adopts() && running.listens == 0 => {
+                why.push_str("; it never called listen(2)")
+            }
+            _ => {}
         }
         why
     }

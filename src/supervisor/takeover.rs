@@ -74,6 +74,9 @@ impl Orphan {
         let main = member.open().ok().map(|pidfd| (member, pidfd));
         let leader = Member { pid: recorded.pid, start_ticks: recorded.start_ticks };
         let group = Group::new(leader, &recorded.marker);
+        if let Some((member, _)) = &main {
+            group.admit(*member);
+        }
         let lives = main.is_some() || !group.is_empty().unwrap_or(true);
         lives.then_some(Orphan { recorded, main, group })
     }

@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use http::Connection;
-pub use http::Target;
+pub use http::{Exchange, Target};
 
 /// Failures of which the text is kept.
 const MESSAGES: usize = 10;
@@ -46,6 +46,8 @@ pub struct Config {
     pub target: Target,
     pub mode: Mode,
     pub path: String,
+    /// In the place of HTTP.
+    pub exchange: Option<Exchange>,
     pub workers: usize,
     /// Each worker's rest between an answer and its next request.
     pub pause: Duration,
@@ -62,6 +64,7 @@ impl Config {
             target,
             mode: Mode::PerRequest,
             path: "/".to_owned(),
+            exchange: None,
             workers: 4,
             pause: Duration::from_millis(1),
             timeout: Duration::from_secs(10),
@@ -372,7 +375,11 @@ impl Shared {
             made.map_err(|error| classify(&error, "connect"))?
         };
         let close = self.config.mode == Mode::PerRequest;
-        let answer = connection.ask(&self.config.path, close).map_err(|error| {
+        let answer = match &self.config.exchange {
+            Some(exchange) => connection.exchange(exchange),
+            None => connection.ask(&self.config.path, close),
+        };
+        let answer = answer.map_err(|error| {
             classify(&error, if used { "on a connection that was used before" } else { "on a new connection" })
         })?;
         if !(200..300).contains(&answer.status) {

@@ -4,15 +4,20 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
-//! | `servers` | real servers, one a test |
 //! | `probes` | probes on the port that both generations have |
+//! | `servers` | real servers, one a test: the table of the README |
+//! | `table` | that the README's table has these, or is written anew from their results |
+//! | `versions` | new versions that do not listen, crash, fork away |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
 mod common;
+mod matrix;
 mod stage;
 
 mod places;
 mod probes;
 mod servers;
 mod steering;
+mod table;
+mod versions;

@@ -1,12 +1,14 @@
 //! A server that binds for itself, on a port that nobody else has.
 
+use std::fs::{self, Permissions};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use socket2::{Domain, Socket, Type};
 
-use crate::common::load::{Config, Load, Target};
+use crate::common::load::{Config, Load, Summary, Target};
 use crate::common::{real, Setup, Supervisor, PATIENCE};
 
 /// A directory for a server's files, and an address for it.
@@ -29,7 +31,10 @@ impl Site {
         reserved.set_reuse_address(true).unwrap();
         reserved.bind(&any_port.into()).unwrap();
         let address = reserved.local_addr().unwrap().as_socket().unwrap();
-        Site { dir: Arc::new(tempfile::tempdir().unwrap()), address, _reserved: reserved }
+        let dir = tempfile::tempdir().unwrap();
+        // For servers that become another user.
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        Site { dir: Arc::new(dir), address, _reserved: reserved }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -39,8 +44,8 @@ impl Site {
     /// Puts a file in place at once, with `ADDRESS` and `PORT` as they are here.
     pub fn write(&self, name: &str, text: &str) {
         let beside = self.path("new");
-        std::fs::write(&beside, self.filled(text)).unwrap();
-        std::fs::rename(beside, self.path(name)).unwrap();
+        fs::write(&beside, self.filled(text)).unwrap();
+        fs::rename(beside, self.path(name)).unwrap();
     }
 
     fn filled(&self, text: &str) -> String {
@@ -58,24 +63,34 @@ impl Site {
         Config { limit: PATIENCE * 3, workers: 2, ..Config::new(Target::Tcp(self.address)) }
     }
 
-    /// Five upgrades with both kinds of load, in which nothing fails.
-    pub fn upgrade_under_load(&self, supervisor: &Supervisor) {
-        let loads = [Load::start(self.load()), Load::start(self.load().keep_alive())];
-        for load in &loads {
-            assert!(load.more(20, PATIENCE), "no answers: {}", load.so_far());
-        }
-        for _ in 0..5 {
-            supervisor.upgrade();
-            for load in &loads {
+    /// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
+    /// connections that are used again. Each generation has one of those, and keeps it to the end.
+    pub fn upgrade_under_load(&self, supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
+        let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
+        let mut loads = vec![Load::start(load.clone()), kept()];
+        let all_go_on = |loads: &[Load]| {
+            for load in loads {
                 assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
             }
+        };
+        all_go_on(&loads);
+        for _ in 0..5 {
+            supervisor.upgrade();
+            loads.push(kept());
+            all_go_on(&loads);
         }
-        for load in loads {
-            let summary = load.stop();
-            println!("{summary}");
+        let mut summaries = loads.into_iter().map(Load::stop);
+        let fresh = summaries.next().unwrap();
+        let mut reused = Summary::default();
+        for summary in summaries {
             assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
+            reused.answered += summary.answered;
+            reused.connections += summary.connections;
         }
+        println!("{fresh}\non connections that were used again: {} answered", reused.answered);
+        assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
         let status = supervisor.wait_settled();
         assert_eq!(status.serving.unwrap().0, 6);
+        (fresh, reused)
     }
 }

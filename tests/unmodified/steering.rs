@@ -112,6 +112,33 @@ fn a_port_that_the_kernel_chose_is_kept() {
 }
 
 #[test]
+fn it_is_kept_beside_ports_that_were_asked_for_and_after_a_crash() {
+    let site = Site::new();
+    let any = ["--also-bind", "127.0.0.1:0", "--also-bind", "127.0.0.1:0"];
+    let puppet = puppet();
+    let words = [&["--", &puppet, "--bind", "127.0.0.1:0"], &any[..], &["--also-bind", "ADDRESS"]].concat();
+    let supervisor = site.start(&words);
+    let addresses = || {
+        let listeners = supervisor.status().listeners;
+        let mut addresses: Vec<_> = listeners.into_iter().map(|listener| listener.address).collect();
+        addresses.sort();
+        addresses
+    };
+    let before = addresses();
+    assert_eq!(before.len(), 4, "{before:?}");
+    supervisor.upgrade();
+    supervisor.wait_settled();
+    assert_eq!(addresses(), before);
+    kill(Pid::from_raw(supervisor.serving().pid.unwrap()), Signal::SIGKILL).unwrap();
+    supervisor.wait_until("the next one serves", |status| status.serving.is_some_and(|serving| serving.0 == 3));
+    assert_eq!(addresses(), before);
+    for address in before {
+        let address = address.trim_start_matches("tcp://").parse().unwrap();
+        assert!(request(address, "/").contains("generation=3"), "{address}\n{}", supervisor.log());
+    }
+}
+
+#[test]
 fn a_crash_after_listen_changes_nothing() {
     let site = Site::new();
     let supervisor = start(&site, &[], "--version 1");

@@ -16,6 +16,14 @@ pub enum Target {
     Unix(PathBuf),
 }
 
+/// A request and its answer in another protocol than HTTP.
+#[derive(Debug, Clone)]
+pub struct Exchange {
+    pub request: &'static [u8],
+    /// What was read so far: how long the answer is, once it is there and right.
+    pub answer: fn(&[u8]) -> io::Result<Option<usize>>,
+}
+
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
@@ -75,6 +83,21 @@ impl Connection {
             self.fill()?;
         };
         self.answer(&head)
+    }
+
+    /// The same in another protocol. The connection stays open.
+    pub fn exchange(&mut self, exchange: &Exchange) -> io::Result<Answer> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => stream.write_all(exchange.request)?,
+            Stream::Unix(stream) => stream.write_all(exchange.request)?,
+        }
+        let length = loop {
+            match (exchange.answer)(&self.read)? {
+                Some(length) => break length,
+                None => self.fill()?,
+            }
+        };
+        Ok(Answer { status: 200, keep_alive: true, body: self.take(length)? })
     }
 
     /// The answer of which this is the head.
