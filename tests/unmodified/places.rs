@@ -182,5 +182,5 @@ Server(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).se
 ";
     let site = Site::new();
     let supervisor = site.start(&["--", "/usr/bin/python3", "-c", SERVER, "PORT"]);
-    site.upgrade_under_load(&supervisor);
+    site.upgrade_under_load(&supervisor, &site.load());
 }
