@@ -4,11 +4,13 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `servers` | real servers, one a test |
+//! | `datagrams` | UDP: every datagram is answered |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
 mod common;
 mod stage;
 
+mod datagrams;
 mod servers;
 mod steering;
