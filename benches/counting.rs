@@ -45,7 +45,8 @@ fn main() {
             let (begin, cpu_before) = (Instant::now(), thread_cpu());
             let id = GenerationId(1);
             let pid = i32::try_from(holder.child.id()).expect("a pid");
-            let counted = connections::count(&[holder.address], vec![(id, vec![pid])]).expect("a count");
+            let places = connections::Places { tcp: vec![holder.address], ..Default::default() };
+            let counted = connections::count(&places, vec![(id, vec![pid])]).expect("a count");
             times.push(begin.elapsed());
             cpu.push(thread_cpu().saturating_sub(cpu_before));
             assert_eq!(counted[&id], count as u64);

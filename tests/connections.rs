@@ -28,15 +28,16 @@ fn counting_ten_thousand_connections() {
     let address = listener.local_addr().unwrap();
     let own = i32::try_from(std::process::id()).unwrap();
     let one = GenerationId(1);
+    let places = connections::Places { tcp: vec![address], ..Default::default() };
 
-    let (_, none) = best(|| connections::count(&[address], vec![(one, vec![own])]).unwrap());
+    let (_, none) = best(|| connections::count(&places, vec![(one, vec![own])]).unwrap());
     let both_ends: Vec<_> = (0..wanted)
         .map(|_| {
             let client = TcpStream::connect(address).unwrap();
             (client, listener.accept().unwrap())
         })
         .collect();
-    let (counted, many) = best(|| connections::count(&[address], vec![(one, vec![own])]).unwrap());
+    let (counted, many) = best(|| connections::count(&places, vec![(one, vec![own])]).unwrap());
     assert_eq!(counted, BTreeMap::from([(one, wanted)]));
     let client = &both_ends[0].0;
     let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());

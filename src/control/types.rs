@@ -80,7 +80,7 @@ pub struct Generation {
     pub program: Program,
     /// Since its spawn.
     pub age_ms: u64,
-    /// Established TCP connections, where they could be counted.
+    /// Its connections, where they could be counted.
     pub connections: Option<u64>,
     /// What it last said of itself (STATUS=).
     pub status: Option<String>,

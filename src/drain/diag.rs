@@ -1,10 +1,10 @@
-//! TCP sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
+//! TCP and UDP sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload, NLM_F_DUMP, NLM_F_REQUEST};
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
@@ -38,21 +38,32 @@ fn family(address: IpAddr) -> u8 {
 
 /// Calls `each` for every connection of which the local end has the port of one of these listeners.
 pub fn connections(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, &COMPLETE, each)
+    at(listeners, IPPROTO_TCP, &COMPLETE, each)
+}
+
+/// The same for UDP sockets that were connected to one client each: they have `TCP_ESTABLISHED` as their state
+/// (`__ip4_datagram_connect`).
+pub fn connected_datagram_sockets(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
+    at(listeners, IPPROTO_UDP, &StateFlags::ESTABLISHED, each)
+}
+
+/// The same for UDP sockets that are open to all. Such a socket has `TCP_CLOSE` as its state.
+pub fn open_datagram_sockets(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
+    at(listeners, IPPROTO_UDP, &StateFlags::CLOSE, each)
 }
 
 /// The same for connections of which the handshake is not over: the kernel does not say which of the sockets that listen
 /// there will get them.
 pub fn half_open(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, &StateFlags::SYN_RECV, each)
+    at(listeners, IPPROTO_TCP, &StateFlags::SYN_RECV, each)
 }
 
-fn at(listeners: &[SocketAddr], states: &StateFlags, mut each: impl FnMut(Connection)) -> io::Result<()> {
+fn at(listeners: &[SocketAddr], protocol: u8, states: &StateFlags, mut each: impl FnMut(Connection)) -> io::Result<()> {
     let mut asked: Vec<_> = listeners.iter().map(|listener| (family(listener.ip()), listener.port())).collect();
     asked.sort_unstable();
     asked.dedup();
     for (family, port) in asked {
-        dump(family, states, port, 0, &mut each)?;
+        dump(family, protocol, states, (port, 0), &mut each)?;
     }
     Ok(())
 }
@@ -61,7 +72,7 @@ fn at(listeners: &[SocketAddr], states: &StateFlags, mut each: impl FnMut(Connec
 pub fn far_side(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Connection>> {
     let mut found = None;
     for family in [AF_INET, AF_INET6] {
-        dump(family, &COMPLETE, remote.port(), local.port(), &mut |connection| {
+        dump(family, IPPROTO_TCP, &COMPLETE, (remote.port(), local.port()), &mut |connection| {
             if same(connection.remote, local) {
                 found = Some(connection);
             }
@@ -77,24 +88,33 @@ fn same(one: SocketAddr, other: SocketAddr) -> bool {
 
 fn dump(
     family: u8,
+    protocol: u8,
     states: &StateFlags,
-    local_port: u16,
-    remote_port: u16,
+    (local_port, remote_port): (u16, u16),
     each: &mut impl FnMut(Connection),
 ) -> io::Result<()> {
     let mut id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     id.source_port = local_port;
     id.destination_port = remote_port;
-    let request = InetRequest {
-        family,
-        protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
-        states: states.clone(),
-        socket_id: id,
-    };
+    let extensions = ExtensionFlags::empty();
+    let request = InetRequest { family, protocol, extensions, states: states.clone(), socket_id: id };
+    list(SockDiagMessage::InetRequest(request), |message| {
+        if let SockDiagMessage::InetResponse(response) = message {
+            let id = &response.header.socket_id;
+            each(Connection {
+                local: SocketAddr::new(id.source_address, id.source_port),
+                remote: SocketAddr::new(id.destination_address, id.destination_port),
+                inode: response.header.inode,
+            });
+        }
+    })
+}
+
+/// Asks the kernel for a list, and calls `each` for what is in it.
+pub(super) fn list(request: SockDiagMessage, mut each: impl FnMut(SockDiagMessage)) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let mut packet = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    let mut packet = NetlinkMessage::new(header, request.into());
     packet.finalize();
     let mut bytes = vec![0; packet.buffer_len()];
     packet.serialize(&mut bytes);
@@ -114,14 +134,7 @@ fn dump(
             let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
             let length = message.header.length as usize;
             match message.payload {
-                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                    let id = &response.header.socket_id;
-                    each(Connection {
-                        local: SocketAddr::new(id.source_address, id.source_port),
-                        remote: SocketAddr::new(id.destination_address, id.destination_port),
-                        inode: response.header.inode,
-                    });
-                }
+                NetlinkPayload::InnerMessage(message) => each(message),
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
                 _ => {}
@@ -137,7 +150,7 @@ fn dump(
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
 
     #[test]
     fn both_versions_and_the_inode_after_accept() {
@@ -175,6 +188,24 @@ mod tests {
             let _accepted = listener.accept().unwrap();
             assert_eq!(halves(), [], "{bind}");
         }
+    }
+
+    #[test]
+    fn datagram_sockets_are_told_apart() {
+        let open = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = open.local_addr().unwrap();
+        let found = |connected: bool| {
+            let mut found = 0;
+            if connected {
+                connected_datagram_sockets(&[address], |_| found += 1).unwrap();
+            } else {
+                open_datagram_sockets(&[address], |_| found += 1).unwrap();
+            }
+            found
+        };
+        assert_eq!((found(false), found(true)), (1, 0));
+        open.connect("127.0.0.1:9").unwrap();
+        assert_eq!((found(false), found(true)), (0, 1));
     }
 
     #[test]

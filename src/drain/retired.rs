@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nix::sys::stat::fstat;
 use socket2::{SockRef, Type};
 
 use super::diag;
@@ -57,6 +58,11 @@ impl Retired {
     #[must_use]
     pub fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
+    }
+
+    /// Its inode in sockfs.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(fstat(&*self.socket)?.st_ino)
     }
 
     /// What it still has. Only the second look, some milliseconds after the first, may find that it is nothing.

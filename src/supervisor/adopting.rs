@@ -3,6 +3,7 @@
 //! ```text
 //!  bind(2)   ─> SO_REUSEPORT is set beforehand, so that the next generation can bind the same address beside this one
 //!  listen(2) ─> the address is pinned to whoever gets its connections now; then the socket listens, and gets nothing yet
+//!               (UDP has no listen(2): pinned, and bound here, in `datagrams`)
 //!  switch    ─> one setsockopt(2) an address
 //!  release   ─> the socket stays open here until its queue is empty, and only then leaves
 //! ```
@@ -21,12 +22,13 @@ use super::driver::{Driver, Input};
 use super::ports::Ports;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
-use crate::drain::connections::has_socket;
+use crate::drain::connections::{has_socket, Places};
 use crate::drain::retired::Retired;
 use crate::handoff::adopt::remote::{Address, Caller, LookError};
-use crate::listener::steering::{Group, Key, Protocol};
+use crate::listener::steering::{Group, Key, Protocol, SteerError};
 use crate::process::spawn::Trap;
 use crate::sys::seccomp::{Call, Notification, Notifier};
+use crate::sys::socket::{is_readable, queue_length};
 
 /// A generation listens once it has made no further socket for so long.
 const QUIET: Duration = Duration::from_millis(250);
@@ -42,11 +44,11 @@ pub struct Adopted {
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
     ports: Ports,
-    due: Option<Instant>,
+    pub(super) due: Option<Instant>,
 }
 
 /// What becomes of a call.
-enum Verdict {
+pub(super) enum Verdict {
     /// As if it had not been caught.
     GoesOn,
     /// It was done in the service's place, with this result.
@@ -171,21 +173,20 @@ impl Driver {
     ) -> Result<Verdict, LookError> {
         let own = caller.copy(fd)?;
         let socket = SockRef::from(&own);
-        if !matches!(socket.r#type(), Ok(kind) if kind == Type::STREAM) {
-            return Ok(Verdict::GoesOn);
+        match socket.r#type() {
+            Ok(Type::STREAM) => {}
+            Ok(Type::DGRAM) if matches!(socket.protocol(), Ok(Some(socket2::Protocol::UDP))) => {
+                return self.binds_datagrams(id, caller, fd, own, address);
+            }
+            Ok(_) | Err(_) => return Ok(Verdict::GoesOn),
         }
         let (asked, before) = (address, self.port_of_before(id, address));
         let address = before.unwrap_or(asked);
-        if let Some(held) = self.left_behind(address) {
-            // Status flags are the socket's, close-on-exec is the number's.
-            let flags = fcntl(&own, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
-            let _cannot_fail_on_an_open_fd = fcntl(&*held, FcntlArg::F_SETFL(flags));
-            self.hand_over(&held, id);
+        if let Some(held) = self.left_behind(Protocol::Tcp, address) {
             if before.is_some() {
                 self.adopted.ports.bound(id, &held);
             }
-            tracing::info!(generation = %id, "gets the socket of {address} that is left, with what waits in its queue");
-            return Ok(Verdict::Replaced { by: held, close_on_exec: caller.closes_on_exec(fd)? });
+            return self.replaces(id, caller, (fd, &own), held, address);
         }
         if let Err(error) = socket.set_reuse_port(true) {
             tracing::warn!(generation = %id, "its socket for {address} cannot be shared with a later one: {error}");
@@ -198,8 +199,25 @@ impl Driver {
         Ok(Verdict::GoesOn)
     }
 
+    /// The socket of a dead generation takes the place of this one's own.
+    pub(super) fn replaces(
+        &mut self,
+        id: GenerationId,
+        caller: &Caller<'_>,
+        (fd, own): (RawFd, &OwnedFd),
+        held: Arc<OwnedFd>,
+        address: SocketAddr,
+    ) -> Result<Verdict, LookError> {
+        // Status flags are the socket's, close-on-exec is the number's.
+        let flags = fcntl(own, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
+        let _cannot_fail_on_an_open_fd = fcntl(&*held, FcntlArg::F_SETFL(flags));
+        self.hand_over(&held, id);
+        tracing::info!(generation = %id, "gets the socket of {address} that is left, with what waits in its queue");
+        Ok(Verdict::Replaced { by: held, close_on_exec: caller.closes_on_exec(fd)? })
+    }
+
     /// The socket of a dead generation at this address, where nobody serves.
-    fn left_behind(&self, address: SocketAddr) -> Option<Arc<OwnedFd>> {
+    pub(super) fn left_behind(&self, protocol: Protocol, address: SocketAddr) -> Option<Arc<OwnedFd>> {
         if self.machine.serving().is_some() {
             return None;
         }
@@ -207,7 +225,7 @@ impl Driver {
             .adopted
             .groups
             .values()
-            .filter(|group| group.key().protocol() == Protocol::Tcp && group.key().local() == address);
+            .filter(|group| group.key().protocol() == protocol && group.key().local() == address);
         let dead = |owner| self.running.get(&owner).is_none_or(|running| running.end.is_some());
         let mut sockets = groups.flat_map(Group::members).filter(|(owner, _, leaving)| !leaving && dead(*owner));
         sockets.next().map(|(_, socket, _)| Arc::clone(socket))
@@ -260,7 +278,7 @@ impl Driver {
         Verdict::Done(Ok(()))
     }
 
-    fn has_listened(&mut self, id: GenerationId) {
+    pub(super) fn has_listened(&mut self, id: GenerationId) {
         let Some(running) = self.running.get_mut(&id) else { return };
         running.listens += 1;
         let (count, inbox) = (running.listens, self.inbox.clone());
@@ -284,6 +302,7 @@ impl Driver {
         if running.ready || running.listens != count || says_it_itself {
             return;
         }
+        self.forget_closed_by_who_serves();
         let own = self.adopted.addresses(id);
         let missing: Vec<_> = self.expected().into_iter().filter(|key| !own.contains(key)).collect();
         for key in &missing {
@@ -338,23 +357,32 @@ impl Driver {
     /// Looks at the queues of sockets that have been left, and closes what is empty.
     pub(super) fn tend_left(&mut self) {
         // With nobody to serve, what comes waits in the dead one's queue for the next one.
+        self.adopted.due = None;
         let Some(serving) = self.machine.serving() else { return };
         let running = &self.running;
         let Adopted { groups, left, due, .. } = &mut self.adopted;
+        let mut closing = Vec::new();
         left.retain_mut(|(key, retired)| {
             let Some(group) = groups.get_mut(key) else { return false };
             let others = group.members().any(|(owner, _, leaving)| !leaving && owner == serving);
             let in_use = group.members().any(|(owner, _, _)| running.contains_key(&owner));
             match retired.look() {
                 Ok(found) if found.half_open > 0 => return true,
+                Ok(found) if found.queued > 0 && key.protocol() == Protocol::Udp => {
+                    tracing::error!("datagrams that waited at {key} for a generation that is gone are lost");
+                }
                 Ok(found) if found.queued > 0 => tracing::error!(
                     "{} connections that waited at {key} for a generation that is gone are reset",
                     found.queued
                 ),
                 Ok(_) | Err(_) => {}
             }
+            if others && key.protocol() == Protocol::Udp {
+                closing.push((key.clone(), retired.inode()));
+                return false;
+            }
             if others {
-                return !left_group(group, retired);
+                return !left_group(group.leave(retired.socket()));
             }
             if !in_use {
                 tracing::info!("nobody listens on {key} any more: closed");
@@ -362,33 +390,43 @@ impl Driver {
             }
             in_use
         });
+        // By now the group has the last copy of each.
+        for (key, inode) in closing {
+            if let (Some(group), Ok(inode)) = (groups.get_mut(&key), inode) {
+                left_group(group.leave_inode(inode));
+            }
+        }
         groups.retain(|_, group| group.members().next().is_some());
         *due = (!left.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
     }
 
-    /// Whether connections that a generation has not accepted yet wait in its sockets' queues.
-    pub(super) fn has_waiting(&self, id: GenerationId) -> bool {
-        self.adopted
-            .of(id)
-            .iter()
-            .any(|socket| crate::sys::socket::queue_length(&**socket).is_ok_and(|queue| queue > Some(0)))
+    /// Whether it gets datagrams, of which nobody can see how long it takes to answer them.
+    pub(super) fn gets_datagrams(&self, id: GenerationId) -> bool {
+        self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
     }
 
-    /// IP addresses and ports at which connections are counted.
-    pub(super) fn ports(&self) -> Vec<SocketAddr> {
+    /// Whether connections that a generation has not accepted yet, or datagrams, wait in its sockets' queues.
+    pub(super) fn has_waiting(&self, id: GenerationId) -> bool {
+        // One of TCP that was shut down is readable and has no queue.
+        let waits =
+            |socket: &OwnedFd| queue_length(socket).map(|queue| queue > Some(0)).or_else(|_| is_readable(socket));
+        self.adopted.of(id).iter().any(|socket| waits(socket).unwrap_or(false))
+    }
+
+    /// Where connections are counted.
+    pub(super) fn places(&self) -> Places {
         let own = self.listeners.iter().filter_map(crate::listener::Listener::local);
-        own.chain(self.adopted.keys().map(Key::local)).collect()
+        let of = |protocol| self.adopted.keys().filter(move |key| key.protocol() == protocol).map(Key::local);
+        Places { tcp: own.chain(of(Protocol::Tcp)).collect(), udp: of(Protocol::Udp).collect() }
     }
 }
 
-fn left_group(group: &mut Group, retired: &Retired) -> bool {
-    match group.leave(retired.socket()) {
-        Ok(left) => left,
-        Err(error) => {
-            tracing::error!("{error}");
-            true
-        }
-    }
+/// Whether a socket left its group.
+fn left_group(result: Result<bool, SteerError>) -> bool {
+    result.unwrap_or_else(|error| {
+        tracing::error!("{error}");
+        true
+    })
 }
 
 fn fd_of(notification: &Notification) -> RawFd {

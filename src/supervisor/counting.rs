@@ -51,7 +51,7 @@ impl Driver {
     /// Begins a count, beside the loop.
     pub(super) fn count(&mut self) {
         self.counting.began = Some(Instant::now());
-        let ports = self.ports();
+        let places = self.places();
         let groups: Vec<_> = self
             .running
             .values()
@@ -60,7 +60,7 @@ impl Driver {
         let inbox = self.inbox.clone();
         tokio::task::spawn_blocking(move || {
             let of = groups.iter().filter_map(|(id, group)| Some((*id, group.pids().ok()?))).collect();
-            let counts = connections::count(&ports, of).unwrap_or_else(|error| {
+            let counts = connections::count(&places, of).unwrap_or_else(|error| {
                 tracing::debug!("cannot count connections: {error}");
                 BTreeMap::new()
             });

@@ -26,6 +26,11 @@ use crate::sys::pidfd::PidFd;
 /// 512 under systemd). Whoever floods it does not keep the end from being acted on.
 const LAST_WORDS: usize = 1024;
 
+/// A generation whose drain is observed has drained when so many looks in a row found nothing.
+const QUIET_LOOKS: u32 = 2;
+/// The same where it gets datagrams: one second and a half.
+const QUIET_LOOKS_OF_DATAGRAMS: u32 = 4;
+
 impl Driver {
     pub(super) fn spawned(&mut self, id: GenerationId, result: Result<Spawned, SpawnError>) {
         let Some(running) = self.running.get_mut(&id) else { return };
@@ -180,12 +185,14 @@ impl Driver {
         }
     }
 
-    /// Connections of a generation were counted. Twice none, and none that waits: it has drained.
+    /// Connections of a generation were counted. Twice none, and none that waits: it has drained. One that gets datagrams
+    /// is given some more time for its answers.
     pub(super) fn observed(&mut self, id: GenerationId, count: u64) {
         let waiting = self.has_waiting(id);
+        let enough = if self.gets_datagrams(id) { QUIET_LOOKS_OF_DATAGRAMS } else { QUIET_LOOKS };
         let Some(looks) = self.running.get_mut(&id).and_then(|running| running.quiet_looks.as_mut()) else { return };
         *looks = if count == 0 && !waiting { *looks + 1 } else { 0 };
-        if *looks == 2 {
+        if *looks == enough {
             self.happened(Event::Drained(id));
         }
     }

@@ -10,6 +10,7 @@
 //! | [`unseen`] | sockets that were not caught |
 //! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`ports`] | which ports the kernel chose for them |
+//! | [`datagrams`] | those of UDP |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`daemons`] | programs whose first process is not the one that stays |
@@ -24,6 +25,7 @@
 mod adopting;
 mod counting;
 mod daemons;
+mod datagrams;
 pub mod driver;
 mod ending;
 pub mod instance;

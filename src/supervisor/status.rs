@@ -12,6 +12,7 @@ use crate::control::types::{
 };
 use crate::core::stopping::Life;
 use crate::core::{End, Failure, GenerationId, Kind, Phase, Stage};
+use crate::listener::steering::Protocol;
 
 impl Driver {
     /// All of it.
@@ -32,11 +33,13 @@ impl Driver {
                 .listeners
                 .iter()
                 .map(|listener| Listener { name: listener.name().to_owned(), address: listener.address() })
-                .chain(
-                    self.adopted
-                        .keys()
-                        .map(|key| Listener { name: "adopted".to_owned(), address: format!("tcp://{}", key.local()) }),
-                )
+                .chain(self.adopted.keys().map(|key| Listener {
+                    name: "adopted".to_owned(),
+                    address: match key.protocol() {
+                        Protocol::Tcp => format!("tcp://{}", key.local()),
+                        Protocol::Udp => format!("udp://{}", key.local()),
+                    },
+                }))
                 .collect(),
             upgrades: self.reports.list(now),
             pending: self.machine.pending().map(|pending| self.why_waiting(pending.kind)),

@@ -83,7 +83,7 @@ impl Orphan {
 }
 
 /// A copy of a process' socket with that inode.
-fn socket_of(member: Member, pidfd: &PidFd, inode: u64) -> Option<OwnedFd> {
+pub(super) fn socket_of(member: Member, pidfd: &PidFd, inode: u64) -> Option<OwnedFd> {
     let fds = Process::new(member.pid).ok()?.fd().ok()?;
     let fd = fds.flatten().find(|fd| matches!(fd.target, FDTarget::Socket(other) if other == inode))?.fd;
     pidfd.take_fd(fd).inspect_err(|error| tracing::warn!(pid = member.pid, "cannot take its socket: {error}")).ok()

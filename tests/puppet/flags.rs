@@ -11,6 +11,9 @@ pub struct Flags {
     pub bind: Option<String>,
     pub also_bind: Vec<String>,
     pub also_bind_after: Duration,
+    pub udp: Vec<String>,
+    pub udp_sockets: usize,
+    pub udp_per_client: bool,
     pub healthy_after: Duration,
     pub ready: Ready,
     pub notify_raw: Vec<String>,
@@ -58,7 +61,7 @@ pub enum Watchdog {
 impl Flags {
     /// From arguments, and from the file that `--script` names. A later flag replaces an earlier one.
     pub fn read(args: impl Iterator<Item = String>) -> Result<Flags, String> {
-        let mut flags = Flags { version: "1".to_owned(), ..Flags::default() };
+        let mut flags = Flags { version: "1".to_owned(), udp_sockets: 1, ..Flags::default() };
         let mut args = args;
         while let Some(name) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{name} needs a value"));
@@ -82,6 +85,9 @@ impl Flags {
             "--bind" => self.bind = Some(value()?),
             "--also-bind-after-ms" => self.also_bind_after = millis(&value()?)?,
             "--also-bind" => self.also_bind.push(value()?),
+            "--udp" => self.udp.push(value()?),
+            "--udp-sockets" => self.udp_sockets = number(&value()?)?,
+            "--udp-per-client" => self.udp_per_client = true,
             "--healthy-after-ms" => self.healthy_after = millis(&value()?)?,
             "--ready" => self.ready = ready(&value()?)?,
             "--notify-raw" => self.notify_raw.push(value()?.replace("\\n", "\n")),

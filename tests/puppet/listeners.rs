@@ -43,3 +43,12 @@ pub fn bind(address: &str) -> Socket {
     };
     listen().unwrap_or_else(|error| give_up(67, &format!("cannot listen on {address}: {error}")))
 }
+
+/// A socket that answers datagrams. Unless it `shares`, it sets no option, as most servers.
+pub fn bind_udp(address: &str, shares: bool) -> std::io::Result<Socket> {
+    let address: std::net::SocketAddr = address.parse().map_err(std::io::Error::other)?;
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
+    socket.set_reuse_port(shares)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}

@@ -7,6 +7,8 @@
 //! --bind ADDR            where to listen when LISTEN_FDS gives nothing
 //! --also-bind ADDR       one more listener of its own, with SO_REUSEPORT (for probes)
 //! --also-bind-after-ms N such a listener comes that late
+//! --udp ADDR             a socket of its own that answers datagrams; with --udp-sockets N so many with SO_REUSEPORT
+//! --udp-per-client       the first datagram of a client gets a socket of its own, until it sends "bye"
 //! --healthy-after-ms N   /health is 503 until then
 //! --ready HOW            notify (default), none, delay-ms=N, child (READY=1 comes from a child process)
 //! --notify-raw TEXT      sends any text before READY=1; "\n" is a line's end
@@ -30,7 +32,7 @@
 //! Paths: `/`, `/health`, `/slow?ms=N`, `/big?bytes=N`, `/env`, `/fds`, `/inherited` (what it was started with),
 //! `/signals` (that came), `/stored` (what it got back from the fd store), `/grandchild` (its pid), `/stderr?text=T`,
 //! `/sicken` (`/health` is 503 from then on), `/exit?code=N`, `/crash`, `/hang`, `/notify?text=T&socket=PATH&fds=N&bytes=N&times=N`,
-//! `/barrier?text=T` (answers once the supervisor has taken that text).
+//! `/udp?address=A` (answers datagrams there from now on), `/barrier?text=T` (answers once the supervisor has taken that text).
 //!
 //! TERM: it stops accepting, answers with `Connection: close`, lets an idle connection send one more request for 2 s,
 //! and exits with 0.
@@ -126,6 +128,11 @@ fn main() {
     let late = flags.also_bind_after;
     if late.is_zero() {
         listeners.extend(flags.also_bind.iter().map(|address| listeners::bind(address)));
+    }
+    for address in flags.udp.iter().flat_map(|address| std::iter::repeat_n(address, flags.udp_sockets)) {
+        let shares = flags.udp_sockets > 1 || flags.udp_per_client;
+        let bound = listeners::bind_udp(address, shares);
+        listeners.push(bound.unwrap_or_else(|error| give_up(67, &format!("cannot bind {address}: {error}"))));
     }
 
     let (woken, waker) = UnixStream::pair().expect("a socket pair");
@@ -277,8 +284,9 @@ impl Puppet {
     }
 
     /// Answers datagrams.
-    fn echo(&self, socket: &Socket) {
+    fn echo(self: &Arc<Self>, socket: &Socket) {
         let Ok(socket) = socket.try_clone().map(std::net::UdpSocket::from) else { return };
+        let one_client = socket.peer_addr().is_ok();
         let mut buffer = [0; 2048];
         loop {
             let _polled = web::wait(&[&socket, &self.woken], None);
@@ -287,9 +295,36 @@ impl Puppet {
             }
             if let Ok((length, from)) = socket.recv_from(&mut buffer) {
                 let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-                let _client_went_away = socket.send_to(format!("{} {text}", self.name()).as_bytes(), from);
+                let answer = format!("{} {text}", self.name());
+                if one_client {
+                    let _client_went_away = socket.send(answer.as_bytes());
+                    if text == "bye" {
+                        return;
+                    }
+                } else {
+                    if self.flags.udp_per_client {
+                        self.echo_to_one(&socket, from);
+                    }
+                    let _client_went_away = socket.send_to(answer.as_bytes(), from);
+                }
             }
         }
+    }
+
+    fn echo_to_one(self: &Arc<Self>, socket: &std::net::UdpSocket, client: std::net::SocketAddr) {
+        let own = socket.local_addr().expect("bound").to_string();
+        let connected = listeners::bind_udp(&own, true).and_then(|own| own.connect(&client.into()).map(|()| own));
+        match connected {
+            Ok(own) => drop(self.accept_in_thread(&Arc::new(own))),
+            Err(error) => give_up(68, &format!("a socket for {client}: {error}")),
+        }
+    }
+
+    /// Answers datagrams at one more address.
+    fn echo_at(self: &Arc<Self>, address: &str) -> std::io::Result<()> {
+        let socket = listeners::bind_udp(address, false)?;
+        drop(self.accept_in_thread(&Arc::new(socket)));
+        Ok(())
     }
 
     /// Waits for signals, and ends with the one that says so.

@@ -14,7 +14,7 @@ use super::{inherited, notify, Puppet};
 const IDLE: Duration = Duration::from_secs(2);
 
 /// Answers requests on one connection until it ends.
-pub fn serve(puppet: &Puppet, mut stream: &Socket) -> std::io::Result<()> {
+pub fn serve(puppet: &std::sync::Arc<Puppet>, mut stream: &Socket) -> std::io::Result<()> {
     let mut read = Vec::new();
     loop {
         let end = loop {
@@ -51,7 +51,7 @@ pub fn serve(puppet: &Puppet, mut stream: &Socket) -> std::io::Result<()> {
     }
 }
 
-fn answer(puppet: &Puppet, target: &str) -> (&'static str, String) {
+fn answer(puppet: &std::sync::Arc<Puppet>, target: &str) -> (&'static str, String) {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let value = |name: &str| {
         let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
@@ -107,6 +107,10 @@ fn answer(puppet: &Puppet, target: &str) -> (&'static str, String) {
                 Err(error) => format!("{error}"),
             }
         }
+        "/udp" => match puppet.echo_at(&value("address").unwrap_or_default()) {
+            Ok(()) => puppet.name(),
+            Err(error) => format!("{error}"),
+        },
         "/barrier" => match notify::barrier(&value("text").unwrap_or_default()) {
             Ok(true) => puppet.name(),
             other => format!("{other:?}"),

@@ -8,6 +8,7 @@
 //! | `servers` | real servers, one a test: the table of the README |
 //! | `table` | that the README's table has these, or is written anew from their results |
 //! | `versions` | new versions that do not listen, crash, fork away |
+//! | `datagrams` | UDP: every datagram is answered |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -15,6 +16,7 @@ mod common;
 mod matrix;
 mod stage;
 
+mod datagrams;
 mod places;
 mod probes;
 mod servers;

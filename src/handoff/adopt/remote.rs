@@ -21,6 +21,9 @@ use crate::sys::seccomp::{Notification, Notifier};
 /// The kernel takes no longer address (`sockaddr_storage`).
 const LONGEST: usize = 128;
 
+/// `CAP_NET_BIND_SERVICE` is number 10.
+const NET_BIND_SERVICE: u64 = 1 << 10;
+
 /// An address as bind(2) is given it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
@@ -134,6 +137,24 @@ impl<'a> Caller<'a> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(source) => Err(LookError::Thread { tid: self.tid, source }),
         }
+    }
+
+    /// Whether the kernel would let it bind this port, where that can be said: a low one takes a capability (ip(7)). What
+    /// is bound in its place is to give it nothing that it could not have had.
+    pub fn may_bind(&self, port: u16) -> Result<bool, LookError> {
+        let first_free = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+        let first_free = first_free.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1024);
+        if port >= first_free {
+            return Ok(true);
+        }
+        let status = fs::read_to_string(format!("/proc/{}/status", self.tid));
+        let user_namespace = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
+        let same = user_namespace(&self.tid.to_string()) == user_namespace("self");
+        self.still_waits()?;
+        let status = status.map_err(|source| LookError::Thread { tid: self.tid, source })?;
+        let effective =
+            status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+        Ok(same && effective.is_some_and(|effective| effective & NET_BIND_SERVICE != 0))
     }
 
     /// Reads an address in its memory.

@@ -14,6 +14,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
@@ -43,6 +44,8 @@ struct Member {
     socket: Arc<OwnedFd>,
     /// It gets nothing more, and goes as soon as that does no harm.
     leaving: bool,
+    /// It gets nothing before that.
+    from: Option<Instant>,
 }
 
 /// What is to be chosen while a socket leaves and the last one moves into its place.
@@ -139,21 +142,60 @@ impl Group {
         self.slots(|member| member.owner == generation)
     }
 
+    /// The inodes of a generation's sockets.
+    #[must_use]
+    pub fn inodes_of(&self, generation: GenerationId) -> Vec<u64> {
+        let own = self.members.iter().filter(|member| member.owner == generation);
+        own.filter_map(|member| inode(&member.socket)).collect()
+    }
+
     /// A socket has come to listen, and is the last one now. Gives its index; the one that it has if it is there already.
     ///
     /// What is steered to its owner is shared with it. For anybody else's, [`Group::pin`] was called before.
     pub fn join(&mut self, owner: GenerationId, socket: &Arc<OwnedFd>) -> Result<u16, SteerError> {
-        if let Some(index) = self.index(socket) {
-            return Ok(index);
-        }
-        let full = || SteerError::Full { key: self.key.clone() };
-        let index = u16::try_from(self.members.len()).ok().filter(|index| *index < u16::MAX).ok_or_else(full)?;
-        self.members.push(Member { owner, socket: Arc::clone(socket), leaving: false });
+        let index = self.join_from(owner, socket, None)?;
         if self.is_target(owner) {
             self.attach()?;
         }
         self.settle()?;
         Ok(self.index(socket).unwrap_or(index))
+    }
+
+    /// The same, but it gets nothing before that, and then only if [`Group::refresh`] finds it open to all.
+    pub fn join_from(
+        &mut self,
+        owner: GenerationId,
+        socket: &Arc<OwnedFd>,
+        from: Option<Instant>,
+    ) -> Result<u16, SteerError> {
+        if let Some(index) = self.index(socket) {
+            return Ok(index);
+        }
+        let full = || SteerError::Full { key: self.key.clone() };
+        let index = u16::try_from(self.members.len()).ok().filter(|index| *index < u16::MAX).ok_or_else(full)?;
+        self.members.push(Member { owner, socket: Arc::clone(socket), leaving: false, from });
+        Ok(index)
+    }
+
+    /// UDP sockets that were connected to one client meanwhile are not for others, and are let go. The rest takes part when
+    /// its time has come. Gives whether it has not yet come for some.
+    ///
+    /// On Linux 6.18 connect(2) takes a socket out of its group, but the next one to bind would form a new group with it,
+    /// beside this one, if it still shared its address by `SO_REUSEPORT`. By `SO_REUSEADDR` it shares it as well.
+    pub fn refresh(&mut self, now: Instant) -> Result<bool, SteerError> {
+        let connected = |socket: &OwnedFd| SockRef::from(socket).peer_addr().is_ok();
+        while let Some(index) = self.members.iter().position(|member| connected(&member.socket)) {
+            let member = self.members.swap_remove(index);
+            let socket = SockRef::from(&*member.socket);
+            let set = socket.set_reuse_address(true).and_then(|()| socket.set_reuse_port(false));
+            set.map_err(|source| self.system("letting a client's socket go", source))?;
+        }
+        for member in &mut self.members {
+            member.from = member.from.filter(|from| *from > now);
+        }
+        self.attach()?;
+        self.settle()?;
+        Ok(self.members.iter().any(|member| member.from.is_some()))
     }
 
     /// Everything new goes on to those who get it now: one that joins gets nothing. To be called before it listens.
@@ -208,11 +250,17 @@ impl Group {
     }
 
     /// A socket gets nothing more, and is closed for all who have it once that does no harm: now, or when another one joins
-    /// or is steered to. While nobody else is steered to, what is new still waits in its queue. A UDP socket is closed here alone: it must not be anybody else's any more.
+    /// or is steered to. While nobody else is steered to, what is new still waits in its queue.
     ///
     /// What its queue has is reset, and so it is to be empty (`drain::retired`). Gives whether it is closed.
     pub fn leave(&mut self, socket: &OwnedFd) -> Result<bool, SteerError> {
-        let Some(index) = self.index(socket) else { return Ok(true) };
+        inode(socket).map_or(Ok(true), |inode| self.leave_inode(inode))
+    }
+
+    /// The same by its inode. A UDP socket leaves the kernel's group when its last copy is closed, and that is to be the one
+    /// here: it must not be anybody else's any more.
+    pub fn leave_inode(&mut self, inode: u64) -> Result<bool, SteerError> {
+        let Some(index) = self.index_of(inode) else { return Ok(true) };
         self.members[usize::from(index)].leaving = true;
         if self.weights.is_empty() {
             self.pin()?;
@@ -220,7 +268,7 @@ impl Group {
             self.attach()?;
         }
         self.settle()?;
-        Ok(self.index(socket).is_none())
+        Ok(self.index_of(inode).is_none())
     }
 
     /// A socket of one that is gone is another generation's from now on, with what waits in its queue.
@@ -258,17 +306,19 @@ impl Group {
     }
 
     fn index(&self, socket: &OwnedFd) -> Option<u16> {
-        let inode = |socket: &OwnedFd| fstat(socket).map(|found| found.st_ino).ok();
-        let wanted = inode(socket)?;
+        self.index_of(inode(socket)?)
+    }
+
+    fn index_of(&self, wanted: u64) -> Option<u16> {
         let index = self.members.iter().position(|member| inode(&member.socket) == Some(wanted))?;
         u16::try_from(index).ok()
     }
 
-    /// Those that are not about to leave.
+    /// Those that are not about to leave, and of which the time has come.
     fn slots(&self, wanted: impl Fn(&Member) -> bool) -> Vec<u16> {
         (0..)
             .zip(&self.members)
-            .filter(|(_, member)| !member.leaving && wanted(member))
+            .filter(|(_, member)| !member.leaving && member.from.is_none() && wanted(member))
             .map(|(index, _)| index)
             .collect()
     }
@@ -357,6 +407,10 @@ impl Group {
             let _it_listened = SockRef::from(&member.socket.as_fd()).shutdown(Shutdown::Read);
         }
     }
+}
+
+fn inode(socket: &OwnedFd) -> Option<u64> {
+    fstat(socket).map(|found| found.st_ino).ok()
 }
 
 #[cfg(test)]

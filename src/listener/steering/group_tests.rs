@@ -378,3 +378,35 @@ fn udp_is_steered_too() {
         assert_eq!(send(place.address, 50, &[&second]), [50]);
     }
 }
+
+#[test]
+fn one_that_was_connected_to_a_client_gets_nobody_elses() {
+    let (mut place, first) = Place::with("127.0.0.1:0", Type::DGRAM, None);
+    place.group.pin().unwrap();
+    let client_s = open(place.address, Type::DGRAM, None);
+    let later = Instant::now() + Duration::from_secs(60);
+    place.group.join_from(ONE, &client_s, Some(later)).unwrap();
+    assert!(place.group.refresh(Instant::now()).unwrap());
+    assert_eq!(send(place.address, 20, &[&first, &client_s]), [20, 0], "not asked yet");
+    SockRef::from(&*client_s).connect(&"127.0.0.1:9".parse::<SocketAddr>().unwrap().into()).unwrap();
+    assert!(!place.group.refresh(Instant::now()).unwrap());
+    assert_eq!(place.group.of(ONE), [0]);
+    // One more beside it, which has to say that it shares the address as that does.
+    let second = Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap();
+    second.set_reuse_port(true).unwrap();
+    second.set_reuse_address(true).unwrap();
+    second.bind(&place.address.into()).unwrap();
+    let second = Arc::new(OwnedFd::from(second));
+    assert_eq!(place.group.join(TWO, &second).unwrap(), 1);
+    assert_eq!(send(place.address, 50, &[&first, &second]), [50, 0]);
+    place.group.steer_to(TWO).unwrap();
+    assert_eq!(send(place.address, 50, &[&first, &second]), [0, 50]);
+    drop(client_s);
+    // And one that stays open to all.
+    let third = open(place.address, Type::DGRAM, None);
+    place.group.join_from(TWO, &third, Some(later)).unwrap();
+    assert!(!place.group.refresh(later).unwrap());
+    assert_eq!(place.group.of(TWO), [1, 2]);
+    place.group.steer_to(ONE).unwrap();
+    assert_eq!(send(place.address, 50, &[&first, &second]), [50, 0]);
+}
