@@ -181,6 +181,6 @@ http.server.SimpleHTTPRequestHandler.protocol_version = 'HTTP/1.1'
 Server(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
 ";
     let site = Site::new();
-    let supervisor = site.start(&["--", "/usr/bin/python3", "-c", SERVER, "PORT"]);
+    let supervisor = site.start(&["--max-draining", "10", "--", "/usr/bin/python3", "-c", SERVER, "PORT"]);
     site.upgrade_under_load(&supervisor, &site.load());
 }
