@@ -49,7 +49,7 @@ fn main() {
             let counted = connections::count(&places, vec![(id, vec![pid])]).expect("a count");
             times.push(begin.elapsed());
             cpu.push(thread_cpu().saturating_sub(cpu_before));
-            assert_eq!(counted[&id], count as u64);
+            assert_eq!(counted[&id].all, count as u64);
 
             let begin = Instant::now();
             let text = std::fs::read("/proc/net/tcp").expect("/proc/net/tcp");

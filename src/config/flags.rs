@@ -90,6 +90,13 @@ pub struct RunFlags {
     #[arg(long, value_enum, default_value_t = Drain::Auto, help_heading = STOPPING)]
     pub drain: Drain,
 
+    /// In a drain that is observed, a TCP connection that has been still for so long counts as gone [default: never]
+    ///
+    /// Still: nothing was sent or received, and nothing is unread or not acknowledged. A request that takes the server
+    /// longer than this to answer looks the same: choose more than the slowest answer takes.
+    #[arg(long, value_name = "DURATION", value_parser = values::some_time, help_heading = STOPPING)]
+    pub drain_idle: Option<Span>,
+
     /// How long a generation may finish what it has; infinity is no limit
     #[arg(
         long, value_name = "DURATION", default_value_t = UpTo(Policy::default().drain_timeout), help_heading = STOPPING
@@ -291,6 +298,7 @@ pub(super) mod tests {
         let config = config(&["true"]);
         assert_eq!(config.policy(0), Policy::default());
         assert_eq!(config.stop_signal, Signal::SIGTERM);
+        assert_eq!(config.drain_idle, None);
         assert_eq!((config.handoff, &config.ready, config.watchdog), (Handoff::Auto, &Ready::Auto, None));
     }
 

@@ -63,6 +63,8 @@ pub struct ServiceConfig {
     pub drain_timeout: Option<Duration>,
     /// How a drain is begun.
     pub drain: Drain,
+    /// In a drain that is observed, connections that have been still for so long count as gone; none is never.
+    pub drain_idle: Option<Duration>,
     /// What tells a generation to drain and end.
     pub stop_signal: Signal,
     /// From the stop signal for all to SIGKILL.

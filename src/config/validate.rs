@@ -40,6 +40,11 @@ pub enum ConfigError {
         "{0} looks at the sockets that a program makes itself, which takes --handoff adopt, or auto without --listen"
     )]
     NothingAdopted(&'static str),
+    /// Nobody would look.
+    #[error(
+        "--drain-idle is about connections that are watched, and --drain signal watches none: use --drain observe"
+    )]
+    NotObserved,
     /// No fds are passed by number.
     #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
     NoNumbers {
@@ -107,6 +112,7 @@ impl RunFlags {
             bake: self.bake.0,
             drain_timeout: self.drain_timeout.0,
             drain: self.drain,
+            drain_idle: self.drain_idle.map(|idle| idle.0),
             stop_signal: self.stop_signal,
             stop_timeout: self.stop_timeout.0,
             lame_duck: self.lame_duck.0,
@@ -152,6 +158,12 @@ impl ServiceConfig {
         }
         if !adopts && self.drain == Drain::Observe {
             return Err(ConfigError::NothingAdopted("--drain observe"));
+        }
+        if self.drain_idle.is_some() && !adopts {
+            return Err(ConfigError::NothingAdopted("--drain-idle"));
+        }
+        if self.drain_idle.is_some() && self.drain == Drain::Signal {
+            return Err(ConfigError::NotObserved);
         }
         if self.handoff == Handoff::Socket {
             self.check_without_numbers()?;
@@ -316,6 +328,15 @@ mod tests {
     fn a_generation_can_become_ready() {
         assert!(refused(&["--ready", "delay:2m", "true"]).contains("--start-timeout 1m30s"));
         config(&["--ready", "delay:2m", "--start-timeout", "infinity", "true"]);
+    }
+
+    #[test]
+    fn idle_connections_are_told_only_where_they_are_watched() {
+        let (idle, program) = ("--drain-idle", "true");
+        assert!(refused(&[idle, "5s", "-l", ":1", program]).contains("without --listen"));
+        assert!(refused(&[idle, "5s", "--drain", "signal", program]).contains("--drain observe"));
+        assert_eq!(config(&[idle, "5s", program]).drain_idle, Some(std::time::Duration::from_secs(5)));
+        assert!(flags(&[idle, "0", program]).is_err());
     }
 
     #[test]

@@ -1,18 +1,34 @@
 //! TCP and UDP sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
 
 use std::io;
+use std::mem::offset_of;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload, NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::inet::nlas::Nla;
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::Socket;
 
-/// Of a connection that a process has or could accept.
-const COMPLETE: StateFlags =
-    StateFlags::ESTABLISHED.union(StateFlags::CLOSE_WAIT).union(StateFlags::FIN_WAIT1).union(StateFlags::FIN_WAIT2);
+/// Which sockets, and what of them.
+struct Wanted {
+    protocol: u8,
+    states: StateFlags,
+    extensions: ExtensionFlags,
+}
+
+/// Connections that a process has or could accept.
+const COMPLETE_TCP: Wanted = Wanted {
+    protocol: IPPROTO_TCP,
+    states: StateFlags::ESTABLISHED
+        .union(StateFlags::CLOSE_WAIT)
+        .union(StateFlags::FIN_WAIT1)
+        .union(StateFlags::FIN_WAIT2),
+    extensions: ExtensionFlags::empty(),
+};
 
 /// Room for an answer; the kernel fills up to 32 KiB at once.
 const BUFFER: usize = 32 * 1024;
@@ -26,6 +42,9 @@ pub struct Connection {
     pub remote: SocketAddr,
     /// Its inode in sockfs; 0 while nobody has accepted it.
     pub inode: u32,
+    /// For how long nothing was sent or received. None while something was sent and not acknowledged, or received and not
+    /// read, and where it was not asked for.
+    pub still_for: Option<Duration>,
 }
 
 /// IP version of a listener's socket. One for both versions has its IPv4 connections as IPv6 ones.
@@ -38,32 +57,37 @@ fn family(address: IpAddr) -> u8 {
 
 /// Calls `each` for every connection of which the local end has the port of one of these listeners.
 pub fn connections(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, IPPROTO_TCP, &COMPLETE, each)
+    at(listeners, &COMPLETE_TCP, each)
+}
+
+/// The same, with how long each has been still.
+pub fn connections_with_times(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
+    at(listeners, &Wanted { extensions: ExtensionFlags::INFO, ..COMPLETE_TCP }, each)
 }
 
 /// The same for UDP sockets that were connected to one client each: they have `TCP_ESTABLISHED` as their state
 /// (`__ip4_datagram_connect`).
 pub fn connected_datagram_sockets(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, IPPROTO_UDP, &StateFlags::ESTABLISHED, each)
+    at(listeners, &Wanted { protocol: IPPROTO_UDP, states: StateFlags::ESTABLISHED, ..COMPLETE_TCP }, each)
 }
 
 /// The same for UDP sockets that are open to all. Such a socket has `TCP_CLOSE` as its state.
 pub fn open_datagram_sockets(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, IPPROTO_UDP, &StateFlags::CLOSE, each)
+    at(listeners, &Wanted { protocol: IPPROTO_UDP, states: StateFlags::CLOSE, ..COMPLETE_TCP }, each)
 }
 
 /// The same for connections of which the handshake is not over: the kernel does not say which of the sockets that listen
 /// there will get them.
 pub fn half_open(listeners: &[SocketAddr], each: impl FnMut(Connection)) -> io::Result<()> {
-    at(listeners, IPPROTO_TCP, &StateFlags::SYN_RECV, each)
+    at(listeners, &Wanted { states: StateFlags::SYN_RECV, ..COMPLETE_TCP }, each)
 }
 
-fn at(listeners: &[SocketAddr], protocol: u8, states: &StateFlags, mut each: impl FnMut(Connection)) -> io::Result<()> {
+fn at(listeners: &[SocketAddr], wanted: &Wanted, mut each: impl FnMut(Connection)) -> io::Result<()> {
     let mut asked: Vec<_> = listeners.iter().map(|listener| (family(listener.ip()), listener.port())).collect();
     asked.sort_unstable();
     asked.dedup();
     for (family, port) in asked {
-        dump(family, protocol, states, (port, 0), &mut each)?;
+        dump(family, wanted, (port, 0), &mut each)?;
     }
     Ok(())
 }
@@ -72,7 +96,7 @@ fn at(listeners: &[SocketAddr], protocol: u8, states: &StateFlags, mut each: imp
 pub fn far_side(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<Connection>> {
     let mut found = None;
     for family in [AF_INET, AF_INET6] {
-        dump(family, IPPROTO_TCP, &COMPLETE, (remote.port(), local.port()), &mut |connection| {
+        dump(family, &COMPLETE_TCP, (remote.port(), local.port()), &mut |connection| {
             if same(connection.remote, local) {
                 found = Some(connection);
             }
@@ -88,16 +112,21 @@ fn same(one: SocketAddr, other: SocketAddr) -> bool {
 
 fn dump(
     family: u8,
-    protocol: u8,
-    states: &StateFlags,
+    wanted: &Wanted,
     (local_port, remote_port): (u16, u16),
     each: &mut impl FnMut(Connection),
 ) -> io::Result<()> {
     let mut id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
     id.source_port = local_port;
     id.destination_port = remote_port;
-    let extensions = ExtensionFlags::empty();
-    let request = InetRequest { family, protocol, extensions, states: states.clone(), socket_id: id };
+    let Wanted { protocol, states, extensions } = wanted;
+    let request = InetRequest {
+        family,
+        protocol: *protocol,
+        extensions: extensions.clone(),
+        states: states.clone(),
+        socket_id: id,
+    };
     list(SockDiagMessage::InetRequest(request), |message| {
         if let SockDiagMessage::InetResponse(response) = message {
             let id = &response.header.socket_id;
@@ -105,9 +134,22 @@ fn dump(
                 local: SocketAddr::new(id.source_address, id.source_port),
                 remote: SocketAddr::new(id.destination_address, id.destination_port),
                 inode: response.header.inode,
+                still_for: still_for(&response),
             });
         }
     })
+}
+
+/// The queues are what was not read and what was not acknowledged, sent or not (`tcp_diag_get_info`).
+fn still_for(response: &InetResponse) -> Option<Duration> {
+    if (response.header.recv_queue, response.header.send_queue) != (0, 0) {
+        return None;
+    }
+    let info = response.nlas.iter().find_map(|nla| if let Nla::TcpInfo(info) = nla { Some(info) } else { None })?;
+    let ms_at = |offset: usize| Some(u32::from_ne_bytes(info.get(offset..offset + 4)?.try_into().ok()?));
+    let sent = ms_at(offset_of!(libc::tcp_info, tcpi_last_data_sent))?;
+    let received = ms_at(offset_of!(libc::tcp_info, tcpi_last_data_recv))?;
+    Some(Duration::from_millis(sent.min(received).into()))
 }
 
 /// Asks the kernel for a list, and calls `each` for what is in it.
@@ -149,7 +191,7 @@ pub(super) fn list(request: SockDiagMessage, mut each: impl FnMut(SockDiagMessag
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream, UdpSocket};
 
     #[test]
@@ -188,6 +230,38 @@ mod tests {
             let _accepted = listener.accept().unwrap();
             assert_eq!(halves(), [], "{bind}");
         }
+    }
+
+    #[test]
+    fn a_connection_is_still_only_while_nothing_is_under_way() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        let still = || {
+            let mut found = Vec::new();
+            connections_with_times(&[address], |connection| found.push(connection.still_for)).unwrap();
+            let [still] = found[..] else { panic!("{found:?}") };
+            still
+        };
+        let wait_until = |wanted: &dyn Fn(Option<Duration>) -> bool| {
+            let begin = std::time::Instant::now();
+            while !wanted(still()) {
+                assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", still());
+            }
+        };
+        wait_until(&|still| still > Some(Duration::from_millis(50)));
+        client.write_all(b"x").unwrap();
+        wait_until(&|still| still.is_none());
+        accepted.read_exact(&mut [0]).unwrap();
+        wait_until(&|still| still.is_some());
+        wait_until(&|still| still > Some(Duration::from_millis(50)));
+        // What the client does not read is on its way for as long as it takes.
+        accepted.set_nonblocking(true).unwrap();
+        while accepted.write(&[0; 1 << 16]).is_ok() {}
+        assert_eq!(still(), None);
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(still(), None);
     }
 
     #[test]

@@ -417,7 +417,11 @@ impl Driver {
     pub(super) fn places(&self) -> Places {
         let own = self.listeners.iter().filter_map(crate::listener::Listener::local);
         let of = |protocol| self.adopted.keys().filter(move |key| key.protocol() == protocol).map(Key::local);
-        Places { tcp: own.chain(of(Protocol::Tcp)).collect(), udp: of(Protocol::Udp).collect() }
+        Places {
+            tcp: own.chain(of(Protocol::Tcp)).collect(),
+            udp: of(Protocol::Udp).collect(),
+            still_after: self.config.drain_idle,
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use super::upward::Upward;
 use crate::config::ServiceConfig;
 use crate::control::types::{self as control, ServicePhase};
 use crate::core::{Action, Answer, End, Event, Finish, GenerationId, Machine, Request, Time};
+use crate::drain::connections::Count;
 use crate::handoff::channel::Incoming;
 use crate::listener::Listener;
 use crate::process::limits::Limit;
@@ -62,7 +63,7 @@ pub enum Input {
     /// A handoff message.
     Heard(GenerationId, Incoming),
     /// Connections were counted.
-    Counted(BTreeMap<GenerationId, u64>),
+    Counted(BTreeMap<GenerationId, Count>),
 }
 
 /// One service and everything that it has.

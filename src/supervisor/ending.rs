@@ -15,6 +15,7 @@ use crate::config::{Drain, Handoff};
 use crate::control::types as control;
 use crate::core::stopping::Life;
 use crate::core::{End, Event, GenerationId, Phase};
+use crate::drain::connections::Count;
 use crate::handoff::channel::Outgoing;
 use crate::process::group::{signal_main, Group, Member};
 use crate::process::spawn::{SpawnError, Spawned};
@@ -186,13 +187,16 @@ impl Driver {
     }
 
     /// Connections of a generation were counted. Twice none, and none that waits: it has drained. One that gets datagrams
-    /// is given some more time for its answers.
-    pub(super) fn observed(&mut self, id: GenerationId, count: u64) {
+    /// is given some more time for its answers. Connections that are still count as none (`--drain-idle`).
+    pub(super) fn observed(&mut self, id: GenerationId, count: Count) {
         let waiting = self.has_waiting(id);
         let enough = if self.gets_datagrams(id) { QUIET_LOOKS_OF_DATAGRAMS } else { QUIET_LOOKS };
         let Some(looks) = self.running.get_mut(&id).and_then(|running| running.quiet_looks.as_mut()) else { return };
-        *looks = if count == 0 && !waiting { *looks + 1 } else { 0 };
+        *looks = if count.all == count.still && !waiting { *looks + 1 } else { 0 };
         if *looks == enough {
+            if count.still > 0 {
+                tracing::info!(generation = %id, idle = count.still, "has drained: its other connections are gone");
+            }
             self.happened(Event::Drained(id));
         }
     }

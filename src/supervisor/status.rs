@@ -12,6 +12,7 @@ use crate::control::types::{
 };
 use crate::core::stopping::Life;
 use crate::core::{End, Failure, GenerationId, Kind, Phase, Stage};
+use crate::drain::connections::Count;
 use crate::listener::steering::Protocol;
 
 impl Driver {
@@ -152,14 +153,14 @@ impl Driver {
     }
 
     /// Keeps what was counted.
-    pub(super) fn counted(&mut self, counts: &BTreeMap<GenerationId, u64>) {
+    pub(super) fn counted(&mut self, counts: &BTreeMap<GenerationId, Count>) {
         for (id, &count) in counts {
             if let Some(running) = self.running.get_mut(id) {
-                running.connections = Some(count);
+                running.connections = Some(count.all);
             }
             self.observed(*id, count);
         }
-        self.reports.connections(counts);
+        self.reports.connections(&counts.iter().map(|(id, count)| (*id, count.all)).collect());
         self.count_over();
     }
 

@@ -62,6 +62,55 @@ fn the_old_one_keeps_its_connection_and_gets_no_new_one() {
 }
 
 #[test]
+fn an_idle_connection_does_not_hold_the_old_one_and_what_is_under_way_does() {
+    let site = Site::new();
+    let supervisor = start(&site, &["--drain-idle", "4s"], "--version 1");
+    let ask = |stream: &mut TcpStream, path: &str| {
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+        let mut answer = [0; 4096];
+        let read = stream.read(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[..read]).into_owned()
+    };
+    let connect = || {
+        let mut stream = TcpStream::connect(site.address).unwrap();
+        assert!(ask(&mut stream, "/").contains("version=1 "));
+        stream
+    };
+    let (idle, mut active) = (connect(), connect());
+    // It asked for far more than fits into the buffers, and does not read it.
+    let mut stuck = TcpStream::connect(site.address).unwrap();
+    stuck.write_all(b"GET /big?bytes=50000000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    site.write("script", "--version 2\n");
+    supervisor.upgrade();
+    let draining = |connections: u64| {
+        let status = supervisor.status();
+        let found = status.generations.iter().find(|g| g.phase == GenerationPhase::Draining);
+        assert_eq!(found.and_then(|g| g.connections), Some(connections), "{}", supervisor.log());
+    };
+    // Longer than it takes to be idle.
+    for _ in 0..60 {
+        assert!(ask(&mut active, "/").contains("version=1 "));
+        draining(3);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    drop(active);
+    supervisor.wait_until("the active one is gone", |status| {
+        status.generations.iter().any(|g| g.phase == GenerationPhase::Draining && g.connections == Some(2))
+    });
+    // The one that does not read is still there, and in flight.
+    for _ in 0..60 {
+        draining(2);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    let mut rest = Vec::new();
+    stuck.read_to_end(&mut rest).unwrap();
+    assert!(rest.len() > 50_000_000, "{}", rest.len());
+    supervisor.wait_settled();
+    assert!(supervisor.log().contains("has drained: its other connections are gone"), "{}", supervisor.log());
+    drop(idle);
+}
+
+#[test]
 fn a_rollback_in_the_bake_is_a_switch_back() {
     let site = Site::new();
     let supervisor = start(&site, &["--bake", "60s"], "--version 1");
