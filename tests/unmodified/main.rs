@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `servers` | real servers, one a test: the table of the README |
 //! | `table` | that the README's table has these, or is written anew from their results |
+//! | `protocols` | TLS, HTTP/2, WebSocket, long answers and slow requests across an upgrade |
 //! | `versions` | new versions that do not listen, crash, fork away |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
@@ -13,6 +14,7 @@ mod common;
 mod matrix;
 mod stage;
 
+mod protocols;
 mod servers;
 mod steering;
 mod table;
