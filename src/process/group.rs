@@ -406,7 +406,7 @@ mod tests {
         let begin = Instant::now();
         let mut in_doubt = |now| known.sort_out(LEADER, others.clone(), |_| Marked::Unknown, now).in_doubt;
         assert!(in_doubt(begin));
-        assert!(in_doubt(begin + LONGEST_EXECVE - A_MOMENT));
+        assert!(in_doubt(begin + LONGEST_EXECVE / 2));
         assert!(!in_doubt(begin + LONGEST_EXECVE));
     }
 }

@@ -73,7 +73,7 @@ pub(super) fn is_marked(pid: i32, pair: &[u8]) -> Marked {
 }
 
 /// Whether its environment has its place, be it empty: field 51 of `/proc/PID/stat`, where that ends. execve(2) sets it last
-/// (`create_elf_tables` in fs/binfmt_elf.c).
+/// (`create_elf_tables` in `fs/binfmt_elf.c`).
 pub(super) fn has_environment(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace();

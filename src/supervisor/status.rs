@@ -189,7 +189,7 @@ impl Driver {
         match failure {
             Failure::Exited(End::Exited(0)) => why.push_str("; let it stay in the foreground"),
             Failure::StartTimeout if self.adopts() && running.listens == 0 => {
-                why.push_str("; it never called listen(2)")
+                why.push_str("; it never called listen(2)");
             }
             _ => {}
         }

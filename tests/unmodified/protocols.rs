@@ -319,7 +319,7 @@ fn a_slow_upload() {
     }
     let server = Versions::python(SERVER);
     let mut stream = server.connect();
-    let half = [b'x'; 50_000];
+    let half = vec![b'x'; 50_000];
     stream.write_all(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n").unwrap();
     stream.write_all(&half).unwrap();
     server.upgrade(1);
