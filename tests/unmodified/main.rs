@@ -7,6 +7,7 @@
 //! | `probes` | probes on the port that both generations have |
 //! | `servers` | real servers, one a test: the table of the README |
 //! | `table` | that the README's table has these, or is written anew from their results |
+//! | `protocols` | TLS, HTTP/2, WebSocket, long answers and slow requests across an upgrade |
 //! | `versions` | new versions that do not listen, crash, fork away |
 //! | `datagrams` | UDP: every datagram is answered |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
@@ -19,6 +20,7 @@ mod stage;
 mod datagrams;
 mod places;
 mod probes;
+mod protocols;
 mod servers;
 mod steering;
 mod table;

@@ -337,7 +337,7 @@ fn dns(read: &[u8]) -> Result<Option<usize>> {
         return Ok(None);
     }
     match read[2..length] {
-        [0x12, 0x34, flags, code, _, _, 0, 1, ..] if flags & 0x80 != 0 && code & 0xf == 0 => Ok(Some(length)),
+        [0x12, 0x34, flags, code, _, _, 0, 1, ..] if flags >= 0x80 && code % 16 == 0 => Ok(Some(length)),
         _ => Err(Error::new(ErrorKind::InvalidData, format!("no answer to the query: {:?}", &read[..length]))),
     }
 }
