@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::canary::CanaryError;
 use super::flags::{CompatWith, RunFlags};
 use super::ready::Ready;
 use super::values::Span;
@@ -40,6 +41,9 @@ pub enum ConfigError {
         "{0} looks at the sockets that a program makes itself, which takes --handoff adopt, or auto without --listen"
     )]
     NothingAdopted(&'static str),
+    /// Canary options that do not go together.
+    #[error(transparent)]
+    Canary(#[from] CanaryError),
     /// No fds are passed by number.
     #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
     NoNumbers {
@@ -95,6 +99,7 @@ impl RunFlags {
             probe_timeout: self.probe_timeout.0,
             start_timeout: self.start_timeout.0,
             bake: self.bake.0,
+            canary: self.canary.plan()?,
             drain_timeout: self.drain_timeout.0,
             drain: self.drain,
             stop_signal: self.stop_signal,
@@ -139,6 +144,9 @@ impl ServiceConfig {
         let adopts = self.handoff == Handoff::Adopt || self.handoff == Handoff::Auto && self.listeners.is_empty();
         if !adopts && self.ready == Ready::Listen {
             return Err(ConfigError::NothingAdopted("--ready listen"));
+        }
+        if !adopts && self.canary.is_some() {
+            return Err(ConfigError::NothingAdopted("--canary"));
         }
         if !adopts && self.drain == Drain::Observe {
             return Err(ConfigError::NothingAdopted("--drain observe"));

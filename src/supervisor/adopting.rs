@@ -22,7 +22,7 @@ use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
 use crate::drain::retired::Retired;
 use crate::handoff::adopt::remote::{Address, Caller, LookError};
-use crate::listener::steering::{Group, Key, Protocol};
+use crate::listener::steering::{Group, Key, Origin, Protocol};
 use crate::process::spawn::Trap;
 use crate::sys::seccomp::{Call, Notification, Notifier};
 
@@ -36,11 +36,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// All sockets that are steered.
 #[derive(Debug, Default)]
 pub struct Adopted {
-    groups: BTreeMap<Key, Group>,
+    pub(super) groups: BTreeMap<Key, Group>,
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
     /// Ports that the kernel chose for a service that bound port 0: the next generation gets the same.
     chosen: Vec<SocketAddr>,
+    /// From where a canary gets everything.
+    pub(super) diverted: Vec<Origin>,
     due: Option<Instant>,
 }
 

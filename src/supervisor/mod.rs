@@ -7,6 +7,7 @@
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
+//! | [`canary`] | a share of new connections before the switch, and its checks |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -18,6 +19,7 @@
 //! | [`signals`], [`instance`], [`upward`] | signals; one supervisor a name; a supervisor above |
 
 mod adopting;
+mod canary;
 mod counting;
 pub mod driver;
 mod ending;

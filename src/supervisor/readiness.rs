@@ -33,16 +33,7 @@ impl Driver {
                 })
             }
             Ready::Probe(target) => {
-                let Some(running) = self.running.get(&id) else { return };
-                let Some(group) = running.group.clone() else { return };
-                let context = probe::Context {
-                    service: self.config.name.clone(),
-                    generation: id.0,
-                    pid: group.leader().pid,
-                    pids: Arc::new(move || group.pids()),
-                    reaper: self.reaper.clone(),
-                    timeout: self.config.probe_timeout,
-                };
+                let Some(context) = self.probe_context(id) else { return };
                 let target = target.clone();
                 tokio::spawn(async move {
                     let why_not = inbox.clone();
@@ -57,6 +48,20 @@ impl Driver {
         if let Some(running) = self.running.get_mut(&id) {
             running.tasks.add(&task);
         }
+    }
+
+    /// For probes of this generation.
+    pub(super) fn probe_context(&self, id: GenerationId) -> Option<probe::Context> {
+        let group = self.running.get(&id)?.group.clone()?;
+        Some(probe::Context {
+            service: self.config.name.clone(),
+            generation: id.0,
+            pid: group.leader().pid,
+            pids: Arc::new(move || group.pids()),
+            anybody: false,
+            reaper: self.reaper.clone(),
+            timeout: self.config.probe_timeout,
+        })
     }
 
     /// One that may still bind for itself is given more time for it.

@@ -3,6 +3,7 @@
 //!
 //! | file | what it is about |
 //! |---|---|
+//! | `canary` | a share for the new version first: by number, by network, in steps; what ends it |
 //! | `servers` | real servers, one a test |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
@@ -10,5 +11,6 @@
 mod common;
 mod stage;
 
+mod canary;
 mod servers;
 mod steering;

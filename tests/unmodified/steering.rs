@@ -12,7 +12,7 @@ use crate::common::{puppet, request, PATIENCE};
 use crate::stage::Site;
 
 /// A puppet that binds for itself, and does what the file says.
-fn start(site: &Site, flags: &[&str], script: &str) -> crate::common::Supervisor {
+pub fn start(site: &Site, flags: &[&str], script: &str) -> crate::common::Supervisor {
     site.write("script", script);
     let puppet = puppet();
     let command = ["--", &puppet, "--bind", "ADDRESS", "--script", "script"];
