@@ -26,6 +26,8 @@ pub enum Exit {
     Refused,
     /// Another request took its place, or it was called off or rolled back.
     Superseded,
+    /// The new version was tried and given up; the version from before serves on.
+    Aborted,
     /// `run`: no version ever became ready.
     NeverReady,
     /// `run`: it was lost too often.
@@ -47,6 +49,7 @@ impl Exit {
             Exit::NoSupervisor => 5,
             Exit::Refused => 6,
             Exit::Superseded => 7,
+            Exit::Aborted => 8,
             Exit::NeverReady => 10,
             Exit::RestartLimit => 11,
             Exit::Service(status) => status,

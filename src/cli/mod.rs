@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`upgrade`], [`rollback`], [`restart`] | ask for a transaction … |
+//! | [`ask`] | `upgrade`, `promote`, `abort`, `rollback`, `restart` ask for a transaction … |
 //! | [`wait`], [`verdict`], [`progress`] | … follow it, say how it ended, show how far it is |
 //! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
 //! | [`check`] | looks at what `run` would do |
@@ -11,6 +11,7 @@
 //! | [`target`] | which service is meant |
 //! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
 
+pub mod ask;
 pub mod check;
 pub mod completions;
 pub mod doctor;
@@ -19,14 +20,11 @@ pub mod exit;
 pub mod log;
 pub mod man;
 pub mod progress;
-pub mod restart;
-pub mod rollback;
 pub mod run;
 pub mod status;
 pub mod stop;
 pub mod target;
 pub mod text;
-pub mod upgrade;
 pub mod verdict;
 pub mod wait;
 
@@ -62,6 +60,9 @@ EXAMPLES
       zddsup upgrade --wait
   See what there is, as it changes:
       zddsup status --watch
+  Try a new version on 5 % of new connections first, then decide:
+      zddsup upgrade --canary 5% --wait=canary
+      zddsup promote    # or: zddsup abort
   Back to the version before:
       zddsup rollback
   Stop, once every connection has been finished:
@@ -76,6 +77,7 @@ EXIT CODES
   5  no supervisor was reached, or it went away before the result was known
   6  refused, nothing was changed
   7  another request took its place, or it was rolled back or called off
+  8  the new version was tried and given up: by its check, by its end, or by hand; the version from before serves on
  10  run: no version ever became ready
  11  run: the service was lost more often than --restart-limit allows
      run: a service that ended by itself gives its own status, 128 + N for signal N
@@ -98,14 +100,25 @@ pub enum Command {
     ///
     /// Program, working directory and environment files are looked up anew. The old generation stops only when the new one
     /// has shown that it can serve. The exit code tells how it went.
-    Upgrade(upgrade::Flags),
+    ///
+    /// With --canary, --canary-from or --canary-steps the new generation gets a part of the new connections first, until
+    /// `zddsup promote`, `zddsup abort`, or the end of its steps.
+    Upgrade(ask::UpgradeFlags),
+    /// Switch to the generation that is being tried (--canary), now
+    ///
+    /// It gets all new connections, whatever step it was at; the old generation finishes what it has, after the bake.
+    Promote(ask::Flags),
+    /// Give up the generation that is being tried (--canary), or is not ready yet
+    ///
+    /// It gets nothing new any more, and finishes what it has; the old generation serves on, untouched.
+    Abort(ask::Flags),
     /// Go back to the version before
     ///
-    /// During the bake, that is a switch back at once; afterwards, a new generation of the previous program, which zddsup
+    /// During a canary, that is its end, and during the bake a switch back at once; afterwards, a new generation of the previous program, which zddsup
     /// has kept open, so its file may have been replaced.
-    Rollback(rollback::Flags),
+    Rollback(ask::Flags),
     /// Put a new process of the same version in the place of the one that serves
-    Restart(restart::Flags),
+    Restart(ask::Flags),
     /// Stop the service and its supervisor, once connections have been finished
     Stop(stop::Flags),
     /// Print what happens, as it happens
@@ -147,9 +160,11 @@ fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Check(flags) => check::run(*flags),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Status(flags) => status::run(&flags),
-        Command::Upgrade(flags) => upgrade::run(&flags),
-        Command::Rollback(flags) => rollback::run(&flags),
-        Command::Restart(flags) => restart::run(&flags),
+        Command::Upgrade(flags) => ask::upgrade(&flags),
+        Command::Promote(flags) => ask::promote(&flags),
+        Command::Abort(flags) => ask::abort(&flags),
+        Command::Rollback(flags) => ask::rollback(&flags),
+        Command::Restart(flags) => ask::restart(&flags),
         Command::Stop(flags) => stop::run(&flags),
         Command::Events(flags) => events::run(&flags),
         Command::Completions(flags) => completions::run(&flags),
@@ -171,7 +186,7 @@ mod tests {
     #[test]
     fn wait_may_stand_alone_or_say_until_what() {
         let parse = |args: &[&str]| match Cli::try_parse_from(args).unwrap().command {
-            Command::Upgrade(flags) => flags.waiting.clone(),
+            Command::Upgrade(flags) => flags.flags.waiting.clone(),
             other => panic!("{other:?}"),
         };
         assert_eq!(parse(&["zddsup", "upgrade"]).wait, wait::Until::Result);

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use super::exit::Failure;
+use crate::config::canary::Share;
+use crate::control::types::CanaryReport;
 
 /// Writes to stdout. A reader that is gone is no panic.
 pub fn print(text: &str) -> Result<(), Failure> {
@@ -50,6 +52,23 @@ pub fn count(number: u64, one: &str) -> String {
     }
 }
 
+/// What a canary gets, and how far it is.
+#[must_use]
+pub fn canary(canary: &CanaryReport) -> String {
+    let CanaryReport { share, from, step, steps, by_hand } = canary;
+    let what = match (*share == Share::NONE, from.is_empty()) {
+        (true, _) => format!("what comes from {}", from.join(", ")),
+        (false, true) => format!("{share} of new connections"),
+        (false, false) => format!("{share} of new connections and what comes from {}", from.join(", ")),
+    };
+    let how = match (by_hand, steps) {
+        (true, 1) => "until `zddsup promote` or `abort`".to_owned(),
+        (true, _) => format!("step {step} of {steps}, until `zddsup promote` or `abort`"),
+        (false, _) => format!("step {step} of {steps}"),
+    };
+    format!("the new version gets {what} ({how})")
+}
+
 /// Text that a service wrote, without what would move a terminal's cursor or colour it.
 #[must_use]
 pub fn harmless(text: &str) -> Cow<'_, str> {
@@ -84,6 +103,26 @@ mod tests {
         ] {
             assert_eq!(span_ms(ms), text);
         }
+    }
+
+    #[test]
+    fn a_canary_is_one_phrase() {
+        let report = |share: &str, from: &[&str], by_hand| CanaryReport {
+            share: share.parse().unwrap_or_default(),
+            from: from.iter().map(|&network| network.to_owned()).collect(),
+            step: 1,
+            steps: if by_hand { 1 } else { 3 },
+            by_hand,
+        };
+        assert_eq!(
+            canary(&report("5%", &[], true)),
+            "the new version gets 5% of new connections (until `zddsup promote` or `abort`)"
+        );
+        assert_eq!(
+            canary(&report("", &["10.0.0.0/8"], false)),
+            "the new version gets what comes from 10.0.0.0/8 (step 1 of 3)"
+        );
+        assert!(canary(&report("5%", &["::1/128"], true)).contains("5% of new connections and what comes from ::1/128"));
     }
 
     #[test]

@@ -5,14 +5,15 @@ use std::io::{self, Write as _};
 
 use super::exit::{Exit, Failure};
 use super::text;
-use super::wait::Outcome;
+use super::wait::{Asked, Outcome};
 use crate::control::types::{UpgradePhase, UpgradeReport, UpgradeResult};
 
 /// Says what came of it, and gives the exit code.
-pub fn tell(word: &str, outcome: &Outcome, json: bool) -> Result<Exit, Failure> {
-    let exit = exit_of(outcome);
+pub fn tell(asked: Asked, outcome: &Outcome, json: bool) -> Result<Exit, Failure> {
+    let Asked { word, wanted } = asked;
+    let exit = exit_of(outcome, wanted);
     let report = match outcome {
-        Outcome::Over(report) => Some(report),
+        Outcome::Over(report) | Outcome::InCanary(report) => Some(report),
         Outcome::TimedOut { last, .. } | Outcome::Gone { last, .. } => last.as_ref(),
         Outcome::Accepted { .. } => None,
     };
@@ -24,7 +25,10 @@ pub fn tell(word: &str, outcome: &Outcome, json: bool) -> Result<Exit, Failure> 
     };
     if exit != Exit::Done {
         text::complain(&in_words(word, outcome));
-        let failed = report.filter(|report| report.result == Some(UpgradeResult::Failed));
+        let failed = report.filter(|report| {
+            report.result == Some(UpgradeResult::Failed)
+                || report.result == Some(UpgradeResult::Aborted) && !report.stderr.is_empty()
+        });
         let _nobody_reads = io::stderr().write_all(last_words(failed).as_bytes());
     }
     match written {
@@ -35,16 +39,23 @@ pub fn tell(word: &str, outcome: &Outcome, json: bool) -> Result<Exit, Failure> 
 }
 
 /// The truth as a number.
-fn exit_of(outcome: &Outcome) -> Exit {
+fn exit_of(outcome: &Outcome, wanted: UpgradeResult) -> Exit {
     match outcome {
-        Outcome::Accepted { .. } => Exit::Done,
+        Outcome::Accepted { .. } | Outcome::InCanary(_) => Exit::Done,
         Outcome::TimedOut { .. } => Exit::TimedOut,
         Outcome::Gone { .. } => Exit::NoSupervisor,
         Outcome::Over(report) => match report.result {
-            Some(UpgradeResult::Succeeded) => Exit::Done,
+            Some(result) if result == wanted => Exit::Done,
+            Some(UpgradeResult::Aborted) => Exit::Aborted,
             Some(UpgradeResult::Failed) if report.old_kept_serving => Exit::UpgradeFailed,
             Some(UpgradeResult::Failed) | None => Exit::Failed,
-            Some(UpgradeResult::RolledBack | UpgradeResult::Superseded | UpgradeResult::Cancelled) => Exit::Superseded,
+            // It succeeded, and its abort was asked for.
+            Some(
+                UpgradeResult::Succeeded
+                | UpgradeResult::RolledBack
+                | UpgradeResult::Superseded
+                | UpgradeResult::Cancelled,
+            ) => Exit::Superseded,
         },
     }
 }
@@ -54,6 +65,9 @@ fn in_words(word: &str, outcome: &Outcome) -> String {
     match outcome {
         Outcome::Accepted { upgrade } => format!("{word} {upgrade} accepted; follow it by `zddsup events` or `zddsup status`"),
         Outcome::Over(report) => over(word, report),
+        Outcome::InCanary(report) => {
+            format!("{word} {}: {}", report.id, report.canary.as_ref().map(text::canary).unwrap_or_default())
+        }
         Outcome::TimedOut { upgrade: None, .. } => {
             format!("no answer in time: whether the {word} was accepted is not known; see `zddsup status`")
         }
@@ -89,6 +103,9 @@ fn over(word: &str, report: &UpgradeReport) -> String {
             format!("{word} {id} failed: {reason}; {old} was on standby and serves again")
         }
         Some(UpgradeResult::Failed) => format!("{word} {id} failed: {reason}; {old} never stopped serving"),
+        Some(UpgradeResult::Aborted) => {
+            format!("{word} {id}: given up before the switch: {reason}; {old} never stopped serving")
+        }
         Some(UpgradeResult::RolledBack) => format!("{word} {id} did not stay: {reason}; {old} serves again"),
         Some(UpgradeResult::Superseded) => {
             format!("{word} {id} was not done: {reason}; see `zddsup status` for that one")
@@ -108,6 +125,9 @@ fn succeeded(word: &str, report: &UpgradeReport) -> String {
     let times = phase_times(report);
     if !times.is_empty() {
         let _written = write!(line, " ({times})");
+    }
+    if let Some(reason) = &report.reason {
+        let _written = write!(line, "; {reason}");
     }
     if report.retired {
         return line;
@@ -161,6 +181,8 @@ mod tests {
             (ended(UpgradeResult::Succeeded, false), 0),
             (ended(UpgradeResult::Failed, true), 3),
             (ended(UpgradeResult::Failed, false), 1),
+            (ended(UpgradeResult::Aborted, true), 8),
+            (Outcome::InCanary(fixture::report(1)), 0),
             (ended(UpgradeResult::RolledBack, true), 7),
             (ended(UpgradeResult::Superseded, true), 7),
             (ended(UpgradeResult::Cancelled, true), 7),
@@ -168,8 +190,11 @@ mod tests {
             (Outcome::TimedOut { upgrade: Some(1), last: None }, 4),
             (Outcome::Gone { upgrade: 1, last: Some(fixture::report(1)) }, 5),
         ] {
-            assert_eq!(exit_of(&outcome).code(), code, "{outcome:?}");
+            assert_eq!(exit_of(&outcome, UpgradeResult::Succeeded).code(), code, "{outcome:?}");
         }
+        // What was asked is what was asked.
+        assert_eq!(exit_of(&ended(UpgradeResult::Aborted, true), UpgradeResult::Aborted).code(), 0);
+        assert_eq!(exit_of(&ended(UpgradeResult::Succeeded, false), UpgradeResult::Aborted).code(), 7);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Asks for a transaction and follows it: what `upgrade`, `rollback` and `restart` have in common.
+//! Asks for a transaction and follows it: what `upgrade`, `rollback` and the others have in common.
 //!
 //! The events are followed before the request is sent, so that nothing of it is missed; its end is taken from its own
 //! report and from nothing else.
@@ -24,7 +24,7 @@ const KEPT: usize = 64;
 /// For what, and how long.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Waiting {
-    /// Wait until it is accepted, has its result, or the old generation is gone too (--wait alone: retired)
+    /// Wait until it is accepted, is in its canary, has its result, or the old generation is gone too (--wait alone: retired)
     #[arg(
         long,
         value_name = "UNTIL",
@@ -48,10 +48,21 @@ pub struct Waiting {
 pub enum Until {
     /// The supervisor took the request; its result is not waited for
     Accepted,
+    /// The new generation is ready and gets its first share of new connections, or there is a result
+    Canary,
     /// It succeeded, after the bake, or it failed
     Result,
     /// And the old generation has finished what it had, and is gone
     Retired,
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// The subcommand.
+    pub word: &'static str,
+    /// The result that is as asked.
+    pub wanted: UpgradeResult,
 }
 
 /// What came of a request.
@@ -64,6 +75,8 @@ pub enum Outcome {
     },
     /// It has come as far as was waited for, or failed.
     Over(UpgradeReport),
+    /// It is in its canary, and more was not waited for.
+    InCanary(UpgradeReport),
     /// Time is up; it goes on.
     TimedOut {
         /// Its number, if the supervisor took it already.
@@ -81,13 +94,13 @@ pub enum Outcome {
 }
 
 /// Runs a subcommand that asks for a transaction.
-pub fn run(target: &Target, waiting: &Waiting, command: Command, word: &str) -> Result<Exit, Failure> {
+pub fn run(target: &Target, waiting: &Waiting, command: Command, asked: Asked) -> Result<Exit, Failure> {
     target::block_on(async {
         let client = target.client()?;
         let mut progress = Progress::new();
-        let outcome = request(&client, command, word, waiting, &mut progress).await;
+        let outcome = request(&client, command, asked, waiting, &mut progress).await;
         progress.clear();
-        verdict::tell(word, &outcome?, waiting.json)
+        verdict::tell(asked, &outcome?, waiting.json)
     })
 }
 
@@ -95,7 +108,7 @@ pub fn run(target: &Target, waiting: &Waiting, command: Command, word: &str) -> 
 pub async fn request(
     client: &Client,
     command: Command,
-    word: &str,
+    asked: Asked,
     waiting: &Waiting,
     progress: &mut Progress,
 ) -> Result<Outcome, Failure> {
@@ -104,14 +117,14 @@ pub async fn request(
     let asking = async {
         let events = match waiting.wait {
             Until::Accepted => None,
-            Until::Result | Until::Retired => Some(following(client, &mut follower).await?),
+            Until::Canary | Until::Result | Until::Retired => Some(following(client, &mut follower).await?),
         };
         Ok::<_, Failure>((events, client.command(command).await?))
     };
-    let Some(asked) = before(deadline, asking).await else {
+    let Some(answered) = before(deadline, asking).await else {
         return Ok(Outcome::TimedOut { upgrade: None, last: None });
     };
-    let (events, reply) = asked?;
+    let (events, reply) = answered?;
     let upgrade = match reply {
         Reply::Accepted { upgrade } => upgrade,
         Reply::Refused(refusal) => return Err(Failure::Refused(refusal)),
@@ -123,10 +136,13 @@ pub async fn request(
     let Some(mut events) = events else { return Ok(Outcome::Accepted { upgrade }) };
     follower.upgrade = Some(upgrade);
     loop {
-        if let Some(over) = follower.over(waiting.wait) {
+        if let Some(over) = follower.over(waiting.wait, asked.wanted) {
             return Ok(Outcome::Over(over.clone()));
         }
-        let (phase, detail) = follower.stand(word);
+        if let Some(report) = follower.own().filter(|own| waiting.wait == Until::Canary && own.canary.is_some()) {
+            return Ok(Outcome::InCanary(report.clone()));
+        }
+        let (phase, detail) = follower.stand(asked.word);
         progress.show(&phase, &detail);
         let next = tokio::time::timeout(progress.interval(), events.next());
         match before(deadline, next).await {
@@ -136,7 +152,7 @@ pub async fn request(
                 let lost = matches!(event, Event::Status(_));
                 follower.take(event);
                 if lost && follower.own().is_none() {
-                    forgotten(client, &mut follower, upgrade, word).await?;
+                    forgotten(client, &mut follower, upgrade, asked.word).await?;
                 }
             }
             Some(Ok(Ok(None))) => return Ok(Outcome::Gone { upgrade, last: follower.own().cloned() }),
@@ -217,17 +233,12 @@ impl Follower {
     }
 
     /// Its report, once it has come as far.
-    fn over(&self, until: Until) -> Option<&UpgradeReport> {
+    fn over(&self, until: Until, wanted: UpgradeResult) -> Option<&UpgradeReport> {
         self.own().filter(|report| match report.result {
             None => false,
-            Some(UpgradeResult::Succeeded) => until != Until::Retired || report.retired,
-            // Nothing of the old generation leaves because of these.
-            Some(
-                UpgradeResult::Failed
-                | UpgradeResult::RolledBack
-                | UpgradeResult::Superseded
-                | UpgradeResult::Cancelled,
-            ) => true,
+            Some(result) if result == wanted => until != Until::Retired || report.retired,
+            // It is not what was asked for, and so nothing more is waited for.
+            Some(_) => true,
         })
     }
 
@@ -247,6 +258,7 @@ impl Follower {
                 Some(why) => format!("{candidate}: {why}"),
                 None => candidate,
             },
+            UpgradePhase::Canary => report.canary.as_ref().map(text::canary).unwrap_or_default(),
             UpgradePhase::Baking => format!("{candidate} serves, the old generation is on standby"),
             UpgradePhase::Draining => match report.connections_left {
                 Some(left) => format!("{} left", text::count(left, "connection")),

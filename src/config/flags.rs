@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
+use super::canary::CanaryFlags;
 use super::help;
 use super::ready::Ready;
 use super::values::{self, Rate, Span, UpTo};
@@ -72,6 +73,9 @@ pub struct RunFlags {
     /// If the new one ends meanwhile, or on `zddsup rollback`, the old one is back at once.
     #[arg(long, value_name = "DURATION", default_value_t = Span(Policy::default().bake), help_heading = UPGRADE)]
     pub bake: Span,
+
+    #[command(flatten)]
+    pub(super) canary: CanaryFlags,
 
     /// Generations that may be on their way out when an upgrade begins; past that it waits
     #[arg(

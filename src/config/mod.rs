@@ -5,9 +5,11 @@
 //! | [`flags`], `help` | every flag of `zddsup run`, its default and its help |
 //! | [`values`] | how their values are written |
 //! | [`ready`] | `--ready` |
+//! | [`canary`] | `--canary` and what goes with it, of `run` and of `upgrade` |
 //! | [`validate`] | what flags mean together; refuses what cannot be meant, before anything is bound or spawned |
 //! | [`environment`] | what a generation's environment begins with |
 
+pub mod canary;
 pub mod environment;
 pub mod flags;
 mod help;
@@ -22,6 +24,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
+pub use canary::{Canary, CanaryFlags};
 pub use environment::EnvError;
 pub use flags::RunFlags;
 pub use ready::{Probe, Ready};
@@ -59,6 +62,8 @@ pub struct ServiceConfig {
     pub start_timeout: Option<Duration>,
     /// How long the old generation stays on standby after the switch.
     pub bake: Duration,
+    /// How a new version is tried before the switch; none is not at all.
+    pub canary: Option<Canary>,
     /// From the drain's begin to the stop signal for all; none is no limit.
     pub drain_timeout: Option<Duration>,
     /// How a drain is begun.

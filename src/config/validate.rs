@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::canary::CanaryError;
 use super::flags::{CompatWith, RunFlags};
 use super::ready::{Probe, Ready, Scheme};
 use super::values::Span;
@@ -45,6 +46,9 @@ pub enum ConfigError {
         "--drain-idle is about connections that are watched, and --drain signal watches none: use --drain observe"
     )]
     NotObserved,
+    /// Canary options that do not go together.
+    #[error(transparent)]
+    Canary(#[from] CanaryError),
     /// No fds are passed by number.
     #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
     NoNumbers {
@@ -110,6 +114,7 @@ impl RunFlags {
             probe_timeout: self.probe_timeout.0,
             start_timeout: self.start_timeout.0,
             bake: self.bake.0,
+            canary: self.canary.plan()?,
             drain_timeout: self.drain_timeout.0,
             drain: self.drain,
             drain_idle: self.drain_idle.map(|idle| idle.0),
@@ -155,6 +160,9 @@ impl ServiceConfig {
         let adopts = self.handoff == Handoff::Adopt || self.handoff == Handoff::Auto && self.listeners.is_empty();
         if !adopts && self.ready == Ready::Listen {
             return Err(ConfigError::NothingAdopted("--ready listen"));
+        }
+        if !adopts && self.canary.is_some() {
+            return Err(ConfigError::NothingAdopted("--canary"));
         }
         if !adopts && self.drain == Drain::Observe {
             return Err(ConfigError::NothingAdopted("--drain observe"));

@@ -11,6 +11,7 @@ use hyper::body::{Body as _, Frame, Incoming};
 use hyper::header::{HeaderValue, ALLOW, CACHE_CONTROL, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use nix::unistd::Uid;
+use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, oneshot, watch, OwnedSemaphorePermit, Semaphore};
@@ -18,6 +19,7 @@ use tokio::sync::{broadcast, oneshot, watch, OwnedSemaphorePermit, Semaphore};
 use super::server::Limits;
 use super::types::{self, Accepted, Command, Event, Handle, Refusal, Reply, Status, Stopping};
 use super::{metrics, sse};
+use crate::config::canary::CanaryFlags;
 
 /// A body that is there at once, or comes as a stream.
 pub type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -34,7 +36,7 @@ pub struct Answers {
 }
 
 /// What a request means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Wanted {
     Command(Command),
     Events,
@@ -162,11 +164,14 @@ fn wanted(method: &Method, path: &str, query: Option<&str>) -> Result<Wanted, Bo
             "/v1/upgrade" => (Method::POST, Wanted::Command(Command::Upgrade)),
             "/v1/rollback" => (Method::POST, Wanted::Command(Command::Rollback)),
             "/v1/restart" => (Method::POST, Wanted::Command(Command::Restart)),
+            "/v1/promote" => (Method::POST, Wanted::Command(Command::Promote)),
+            "/v1/abort" => (Method::POST, Wanted::Command(Command::Abort)),
             "/v1/stop" => (Method::POST, Wanted::Command(Command::Stop { quick: false })),
             _ => return Err(Box::new(refuse(
                 StatusCode::NOT_FOUND,
                 "there is no such path",
-                "GET /v1/status, /v1/events or /v1/metrics; POST /v1/upgrade, /v1/rollback, /v1/restart or /v1/stop",
+                "GET /v1/status, /v1/events or /v1/metrics; POST /v1/upgrade, /v1/promote, /v1/abort, /v1/rollback, \
+                 /v1/restart or /v1/stop",
             ))),
         };
     if method != takes {
@@ -184,16 +189,44 @@ fn wanted(method: &Method, path: &str, query: Option<&str>) -> Result<Wanted, Bo
         match (&mut wanted, parameter) {
             (Wanted::Command(Command::Stop { quick }), "quick" | "quick=true") => *quick = true,
             (Wanted::Command(Command::Stop { quick }), "quick=false") => *quick = false,
+            (Wanted::Command(Command::Upgrade), "canary=off") => wanted = canary(Box::default()),
+            (Wanted::Command(Command::Upgrade | Command::Canary(_)), parameter) if parameter.starts_with("canary") => {
+                let mut flags = match &wanted {
+                    Wanted::Command(Command::Canary(flags)) => flags.clone(),
+                    Wanted::Command(_) | Wanted::Events | Wanted::Metrics => Box::default(),
+                };
+                set(&mut flags, parameter).map_err(|why| Box::new(wrong_parameter(parameter, &why)))?;
+                wanted = canary(flags);
+            }
             _ => {
                 return Err(Box::new(refuse(
                     StatusCode::BAD_REQUEST,
                     &format!("{path} does not know this parameter"),
-                    "the only one is quick=true, of /v1/stop",
+                    "quick=true is one of /v1/stop; canary, canary-from, canary-steps, canary-interval and canary-check are \
+                     of /v1/upgrade",
                 )))
             }
         }
     }
+    if let Wanted::Command(Command::Canary(flags)) = &wanted {
+        flags.plan().map_err(|error| Box::new(wrong_parameter("the canary", &error.to_string())))?;
+    }
     Ok(wanted)
+}
+
+fn canary(flags: Box<CanaryFlags>) -> Wanted {
+    Wanted::Command(Command::Canary(flags))
+}
+
+/// `NAME=VALUE`, the value percent-encoded.
+fn set(flags: &mut CanaryFlags, parameter: &str) -> Result<(), String> {
+    let (name, value) = parameter.split_once('=').ok_or("write NAME=VALUE")?;
+    let value = percent_decode_str(value).decode_utf8().map_err(|_| "the value is not UTF-8")?;
+    flags.set(name, &value)
+}
+
+fn wrong_parameter(parameter: &str, why: &str) -> Response<Body> {
+    refuse(StatusCode::BAD_REQUEST, &format!("{parameter}: {why}"), "see docs/control.md; %25 is a percent sign")
 }
 
 fn reply(reply: Reply) -> Response<Body> {
@@ -261,9 +294,27 @@ mod tests {
         );
         assert_eq!(ask(Method::POST, "/v1/stop", Some("quick=maybe")), Err(400));
         assert_eq!(ask(Method::POST, "/v1/upgrade", Some("quick")), Err(400));
+        assert_eq!(ask(Method::POST, "/v1/promote", None), Ok(Wanted::Command(Command::Promote)));
+        assert_eq!(ask(Method::POST, "/v1/abort", None), Ok(Wanted::Command(Command::Abort)));
         assert_eq!(ask(Method::GET, "/v1/upgrade", None), Err(405));
         assert_eq!(ask(Method::POST, "/v1/status", None), Err(405));
         assert_eq!(ask(Method::GET, "/", None), Err(404));
         assert_eq!(ask(Method::GET, "/v2/status", None), Err(404));
+    }
+
+    #[test]
+    fn a_canary_is_written_as_on_the_command_line() {
+        let ask =
+            |query| wanted(&Method::POST, "/v1/upgrade", Some(query)).map_err(|refused| refused.status().as_u16());
+        let mut flags = CanaryFlags::default();
+        flags.set("canary-steps", "1%,50%").unwrap();
+        flags.set("canary-from", "10.0.0.0/8").unwrap();
+        flags.set("canary-check", "exec:a b").unwrap();
+        let asked = ask("canary-steps=1%25,50&canary-from=10.0.0.0%2f8&canary-check=exec:a%20b");
+        assert_eq!(asked, Ok(canary(Box::new(flags))));
+        assert_eq!(ask("canary=off"), Ok(canary(Box::default())));
+        for bad in ["canary", "canary=0", "canary=5&canary-steps=6", "canary-check=exec:x", "canaryx=1", "canary=%ff"] {
+            assert_eq!(ask(bad), Err(400), "{bad}");
+        }
     }
 }

@@ -11,11 +11,13 @@ use hyper::client::conn::http1;
 use hyper::header::HOST;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use percent_encoding::{utf8_percent_encode, NON_ALPHANUMERIC};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::sse::{Decoder, SseError};
 use super::types::{Accepted, Command, Event, Refusal, Reply, Status, Stopping};
+use crate::config::canary::CanaryFlags;
 
 /// No answer but the stream of events is longer.
 const MOST: usize = 16 << 20;
@@ -68,6 +70,17 @@ pub enum ClientError {
     Denied(Refusal),
 }
 
+/// Its options as the query.
+fn canary_path(flags: &CanaryFlags) -> String {
+    let pairs = flags.pairs();
+    if pairs.is_empty() {
+        return "/v1/upgrade?canary=off".to_owned();
+    }
+    let encode = |(name, value): (&str, String)| format!("{name}={}", utf8_percent_encode(&value, NON_ALPHANUMERIC));
+    let pairs: Vec<_> = pairs.into_iter().map(encode).collect();
+    format!("/v1/upgrade?{}", pairs.join("&"))
+}
+
 impl Client {
     /// For the supervisor that has this socket.
     #[must_use]
@@ -97,15 +110,18 @@ impl Client {
 
     /// Asks for something. A refusal is an answer.
     pub async fn command(&self, command: Command) -> Result<Reply, ClientError> {
-        let path = match command {
+        let path = match &command {
             Command::Status => return self.status().await.map(Box::new).map(Reply::Status),
-            Command::Upgrade => "/v1/upgrade",
-            Command::Rollback => "/v1/rollback",
-            Command::Restart => "/v1/restart",
-            Command::Stop { quick: false } => "/v1/stop",
-            Command::Stop { quick: true } => "/v1/stop?quick=true",
+            Command::Upgrade => "/v1/upgrade".to_owned(),
+            Command::Canary(flags) => canary_path(flags),
+            Command::Promote => "/v1/promote".to_owned(),
+            Command::Abort => "/v1/abort".to_owned(),
+            Command::Rollback => "/v1/rollback".to_owned(),
+            Command::Restart => "/v1/restart".to_owned(),
+            Command::Stop { quick: false } => "/v1/stop".to_owned(),
+            Command::Stop { quick: true } => "/v1/stop?quick=true".to_owned(),
         };
-        let answer = self.ask(Method::POST, path).await?;
+        let answer = self.ask(Method::POST, &path).await?;
         if answer.code == StatusCode::CONFLICT {
             return answer.read(StatusCode::CONFLICT).map(Reply::Refused);
         }

@@ -58,6 +58,7 @@ pub fn report(id: u64) -> UpgradeReport {
         reason: None,
         stderr: Vec::new(),
         old_kept_serving: false,
+        canary: None,
         phases: Vec::new(),
         connections_left: None,
         retired: false,
@@ -99,7 +100,7 @@ impl Fake {
                 let answer = if request.command == Command::Status {
                     Reply::Status(Box::new(current.lock().unwrap().clone()))
                 } else {
-                    noted.lock().unwrap().push(request.command);
+                    noted.lock().unwrap().push(request.command.clone());
                     reply(request.command)
                 };
                 let _nobody_waits = request.reply.send(answer);

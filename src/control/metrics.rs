@@ -85,6 +85,12 @@ fn generations(registry: &mut Registry, status: &Status) {
 }
 
 fn upgrades(registry: &mut Registry, status: &Status) {
+    let mut under_way = status.upgrades.iter().filter(|report| report.result.is_none());
+    let canary = under_way.find_map(|report| report.canary.as_ref()).filter(|_| status.phase == ServicePhase::Canary);
+    let share = Gauge::<f64, AtomicU64>::default();
+    share.set(canary.map_or(0.0, |canary| canary.share.fraction()));
+    registry.register("canary_share", "Part of new connections that a canary gets, from 0 to 1; 0 without one", share);
+
     let ended = Family::<Labels, Counter>::default();
     for &result in UpgradeResult::ALL {
         let labels = vec![("result", result.to_string())];

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use crate::config::canary::{CanaryFlags, Share};
 use crate::core::GenerationId;
 
 /// The whole state of a service.
@@ -57,6 +58,8 @@ pub enum ServicePhase {
     Serving,
     /// A candidate is being started.
     Upgrading,
+    /// A candidate gets a share of new connections.
+    Canary,
     /// Switched; the old generation is on standby.
     Baking,
     /// No generation serves; connections wait in the queue.
@@ -97,6 +100,8 @@ pub struct Generation {
 pub enum GenerationPhase {
     /// The candidate.
     Starting,
+    /// The candidate, ready, gets a share.
+    Canary,
     /// The incumbent.
     Serving,
     /// Warm, to be switched back to.
@@ -150,12 +155,30 @@ pub struct UpgradeReport {
     pub stderr: Vec<String>,
     /// Whether the generation from before serves on.
     pub old_kept_serving: bool,
+    /// How its candidate was tried before the switch.
+    #[serde(default)]
+    pub canary: Option<CanaryReport>,
     /// Time of each phase so far.
     pub phases: Vec<PhaseTime>,
     /// Connections of the generations that leave because of it.
     pub connections_left: Option<u64>,
     /// Whether it is over and all that left because of it is gone.
     pub retired: bool,
+}
+
+/// How far a canary is, or came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanaryReport {
+    /// The share of new connections that the candidate gets, or got last.
+    pub share: Share,
+    /// Networks from which it gets all of them.
+    pub from: Vec<String>,
+    /// Which step this is, from 1.
+    pub step: usize,
+    /// How many there are before the switch.
+    pub steps: usize,
+    /// Whether it is over only when somebody says so: this is the last step, and no switch follows by itself.
+    pub by_hand: bool,
 }
 
 /// Kind of a transaction.
@@ -182,6 +205,8 @@ pub enum UpgradeResult {
     Succeeded,
     /// It does not.
     Failed,
+    /// It was ready, and was given no more than its share.
+    Aborted,
     /// Switched back in the bake, on request.
     RolledBack,
     /// A later request took its place.
@@ -209,6 +234,8 @@ pub enum UpgradePhase {
     Spawning,
     /// Until it is ready.
     WaitingReady,
+    /// The candidate gets a share.
+    Canary,
     /// The old generation on standby.
     Baking,
     /// The old generation finishes what it has.
@@ -239,22 +266,23 @@ macro_rules! words {
 
 words! {
     ServicePhase {
-        Starting => "starting", Serving => "serving", Upgrading => "upgrading", Baking => "baking",
+        Starting => "starting", Serving => "serving", Upgrading => "upgrading", Canary => "canary",
+        Baking => "baking",
         Restarting => "restarting", LameDuck => "lame-duck", Stopping => "stopping",
     }
     GenerationPhase {
-        Starting => "starting", Serving => "serving", Standby => "standby", Draining => "draining",
+        Starting => "starting", Canary => "canary", Serving => "serving", Standby => "standby", Draining => "draining",
         Stopping => "stopping", Killing => "killing", Sweeping => "sweeping", Retired => "retired",
     }
     UpgradeKind {
         Start => "start", Upgrade => "upgrade", Rollback => "rollback", Restart => "restart", Recovery => "recovery",
     }
     UpgradeResult {
-        Succeeded => "succeeded", Failed => "failed", RolledBack => "rolled-back", Superseded => "superseded",
+        Succeeded => "succeeded", Failed => "failed", Aborted => "aborted", RolledBack => "rolled-back", Superseded => "superseded",
         Cancelled => "cancelled",
     }
     UpgradePhase {
-        Waiting => "waiting", Spawning => "spawning", WaitingReady => "waiting-ready", Baking => "baking",
+        Waiting => "waiting", Spawning => "spawning", WaitingReady => "waiting-ready", Canary => "canary", Baking => "baking",
         Draining => "draining",
     }
 }
@@ -282,12 +310,18 @@ pub enum Event {
 }
 
 /// What can be asked of a supervisor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Its state.
     Status,
     /// A new generation, resolved anew.
     Upgrade,
+    /// The same, tried like this first and not as `run` was told to. Without any option: not at all.
+    Canary(Box<CanaryFlags>),
+    /// The switch to the generation that is being tried.
+    Promote,
+    /// The end of the generation that is being tried, or is not ready yet.
+    Abort,
     /// Back to the version before.
     Rollback,
     /// A new process of the same version.

@@ -1,6 +1,6 @@
 //! What goes into the core and what comes out.
 
-use super::{End, GenerationId, Time};
+use super::{Canary, End, GenerationId, Time};
 
 /// Number of a transaction: an upgrade, a rollback, a restart, a start. Counted up, never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,6 +17,12 @@ impl std::fmt::Display for UpgradeId {
 pub enum Request {
     /// Put a new generation, resolved anew, in the place of the serving one.
     Upgrade,
+    /// The same, by a canary first: the new generation shares with the serving one.
+    Canary(Canary),
+    /// The switch to the generation that shares, at once.
+    Promote,
+    /// The end of the generation that shares, or is not ready yet.
+    Abort,
     /// Back to the generation before, or to the program it ran.
     Rollback,
     /// A fresh process of the program that serves now.
@@ -47,6 +53,10 @@ pub enum Refusal {
     NothingBefore,
     /// No version has served yet.
     NothingServed,
+    /// No generation shares with the one that serves.
+    NoCanary,
+    /// No generation is there that was not switched to.
+    NothingToAbort,
 }
 
 /// What happened. The driver reports it; a generation is named by its number, never by a pid.
@@ -75,6 +85,10 @@ pub enum Event {
     Extended(GenerationId, Time),
     /// It missed its watchdog's time, or asked to be treated so.
     WatchdogExpired(GenerationId),
+    /// The check of its canary succeeded in this step.
+    Checked(GenerationId, u16),
+    /// The check of its canary failed, or its share cannot be given.
+    CheckFailed(GenerationId),
     /// The time that `poll_timeout` named has come.
     Timeout,
 }
@@ -95,6 +109,22 @@ pub enum Action {
         from: Option<GenerationId>,
         /// The incumbent from now on.
         to: GenerationId,
+    },
+    /// The candidate gets its share of this step, the incumbent the rest; its check is begun.
+    Share {
+        /// Who is tried.
+        candidate: GenerationId,
+        /// Who serves.
+        incumbent: GenerationId,
+        /// Number of the step, from 0.
+        step: u16,
+    },
+    /// The candidate gets nothing new any more, and the incumbent everything.
+    Unshare {
+        /// Who was tried.
+        candidate: GenerationId,
+        /// Who serves.
+        incumbent: GenerationId,
     },
     /// Ask it to finish what it has: drain message, or stop signal to its main process.
     Drain(GenerationId),
@@ -152,6 +182,8 @@ pub enum Notice {
         /// The candidate.
         to: GenerationId,
     },
+    /// The candidate is ready and gets its share of this step.
+    Canary(UpgradeId, u16),
     /// Switched; the old generation is on standby.
     Baking(UpgradeId),
     /// It is over.
@@ -171,6 +203,8 @@ pub enum Outcome {
     Succeeded,
     /// It does not, for this reason; what served before was not touched, or serves again.
     Failed(Failure),
+    /// It was ready, got no more than its share, and is on its way out; what served before serves on.
+    Aborted(Abort),
     /// Switched back in its bake because somebody asked.
     RolledBack,
     /// A later request of another kind took its place in the queue.
@@ -192,6 +226,19 @@ pub enum Failure {
     DiedInBake(End),
     /// It was ready, and missed its watchdog's time in its bake.
     HungInBake,
+}
+
+/// Why a candidate is not tried any longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Abort {
+    /// Somebody asked: before it was ready, too.
+    Asked,
+    /// Its check failed, or its share could not be given.
+    Check,
+    /// It ended.
+    Died(End),
+    /// It missed its watchdog's time.
+    Hung,
 }
 
 /// Why the supervisor ends.

@@ -1,8 +1,8 @@
 //! The phases that a generation goes through.
 //!
 //! ```text
-//! Spawning ─> Starting ─> Serving <─> Standby
-//!    │            │           └────┬─────┘
+//! Spawning ─> Starting ─> (Canary ─>) Serving <─> Standby
+//!    │            │           └────┬─────┴──────────┘
 //!    ▼            │                ▼
 //! Aborting        │            Draining
 //!    └────────────┴─────┬──────────┘
@@ -11,7 +11,7 @@
 //!                       └──────────┴──────────>  Sweeping ─> Clearing ─> (released)
 //! ```
 
-use super::{Kind, Time, UpgradeId};
+use super::{Canary, Kind, Time, UpgradeId};
 use serde::{Deserialize, Serialize};
 
 /// Number of a generation: from 1, counted up with each spawn, never used again.
@@ -62,6 +62,11 @@ pub enum Phase {
     Starting {
         /// When it counts as failed.
         deadline: Option<Time>,
+    },
+    /// It is ready and gets a share, beside the incumbent.
+    Canary {
+        /// Since it was ready.
+        since: Time,
     },
     /// The incumbent.
     Serving {
@@ -120,7 +125,7 @@ impl Generation {
             Phase::Sweeping { kill_at } => kill_at,
             Phase::Stopping { kill_at } => Some(kill_at),
             Phase::Killing { again_at } | Phase::Clearing { again_at } => Some(again_at),
-            Phase::Serving { .. } | Phase::Standby { .. } | Phase::Aborting => None,
+            Phase::Canary { .. } | Phase::Serving { .. } | Phase::Standby { .. } | Phase::Aborting => None,
         }
     }
 
@@ -128,7 +133,11 @@ impl Generation {
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         match self.phase {
-            Phase::Spawning { .. } | Phase::Starting { .. } | Phase::Serving { .. } | Phase::Standby { .. } => false,
+            Phase::Spawning { .. }
+            | Phase::Starting { .. }
+            | Phase::Canary { .. }
+            | Phase::Serving { .. }
+            | Phase::Standby { .. } => false,
             Phase::Aborting
             | Phase::Draining { .. }
             | Phase::Stopping { .. }
@@ -148,4 +157,6 @@ pub struct InFlight {
     pub kind: Kind,
     /// The generation that it puts in place.
     pub candidate: GenerationId,
+    /// How it is tried before the switch.
+    pub canary: Option<Canary>,
 }

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::canary::Wait;
 use super::generation::InFlight;
 use super::recovery::Restarts;
 use super::stopping::{Life, Patience};
 use super::upgrade::{Pending, Versions};
 use super::{
-    Action, Answer, End, Event, Failure, Generation, GenerationId, Kind, Notice, Phase, Policy, Request, Source, Time,
-    UpgradeId,
+    Abort, Action, Answer, Canary, End, Event, Failure, Generation, GenerationId, Kind, Notice, Outcome, Phase, Policy,
+    Request, Source, Time, UpgradeId,
 };
 
 /// What the service as a whole is doing.
@@ -18,6 +19,19 @@ pub enum Stage {
     Idle,
     /// A candidate is being started.
     Starting(InFlight),
+    /// The candidate gets a share, the incumbent the rest.
+    Canary {
+        /// The transaction.
+        flight: InFlight,
+        /// How it is tried.
+        canary: Canary,
+        /// Number of the step, from 0.
+        step: u16,
+        /// What the next one waits for.
+        wait: Wait,
+        /// Whether the check succeeded in this step.
+        passed: bool,
+    },
     /// The candidate serves, the one before is on standby.
     Baking {
         /// The transaction; its candidate is the incumbent now.
@@ -92,14 +106,17 @@ impl Machine {
     /// Starts the first generation.
     pub fn start(&mut self, now: Time) -> UpgradeId {
         let upgrade = self.new_upgrade();
-        self.begin(upgrade, Kind::Start, now);
+        self.begin(upgrade, Kind::Start, None, now);
         upgrade
     }
 
     /// Somebody asks for something.
     pub fn request(&mut self, request: Request, now: Time) -> Answer {
         let answer = match request {
-            Request::Upgrade => self.ask(Kind::Upgrade),
+            Request::Upgrade => self.ask(Kind::Upgrade, None),
+            Request::Canary(canary) => self.ask(Kind::Upgrade, Some(canary)),
+            Request::Promote => self.ask_promote(now),
+            Request::Abort => self.ask_abort(now),
             Request::Restart => self.ask_restart(),
             Request::Rollback => self.ask_rollback(now),
             Request::Stop => self.ask_stop(now),
@@ -120,6 +137,8 @@ impl Machine {
             Event::Drained(id) => self.drained(id, now),
             Event::Extended(id, until) => self.extended(id, until),
             Event::WatchdogExpired(id) => self.watchdog_expired(id, now),
+            Event::Checked(id, step) => self.checked(id, step, now),
+            Event::CheckFailed(id) => self.check_failed(id, now),
             Event::Timeout => self.timeout(now),
         }
         self.settle(now);
@@ -134,8 +153,10 @@ impl Machine {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         let stage = match self.stage {
-            Stage::Baking { until, .. } | Stage::Backoff { until } => Some(until),
-            Stage::Idle | Stage::Starting(_) => None,
+            Stage::Canary { wait: Wait::Until(until), .. } | Stage::Baking { until, .. } | Stage::Backoff { until } => {
+                Some(until)
+            }
+            Stage::Idle | Stage::Starting(_) | Stage::Canary { wait: Wait::Check | Wait::Asked, .. } => None,
         };
         self.generations.values().filter_map(Generation::deadline).chain(stage).chain(self.life.deadline()).min()
     }
@@ -242,6 +263,7 @@ impl Machine {
             Phase::Spawning { deadline } => self.enter(id, Phase::Starting { deadline }),
             Phase::Aborting => self.stop(id, now),
             Phase::Starting { .. }
+            | Phase::Canary { .. }
             | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Draining { .. }
@@ -261,6 +283,7 @@ impl Machine {
             }
             Phase::Aborting => self.release(id),
             Phase::Starting { .. }
+            | Phase::Canary { .. }
             | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Draining { .. }
@@ -277,7 +300,8 @@ impl Machine {
             // Its first message may overtake the driver's own news that it runs.
             Phase::Spawning { .. } | Phase::Starting { .. } => self.candidate_ready(id, now),
             // Late or repeated: it changes nothing.
-            Phase::Serving { .. }
+            Phase::Canary { .. }
+            | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Aborting
             | Phase::Draining { .. }
@@ -294,6 +318,10 @@ impl Machine {
         match phase {
             Phase::Spawning { .. } | Phase::Starting { .. } => {
                 self.candidate_failed(id, Failure::Exited(end), now);
+                self.sweep(id, alone, Patience::StopTime, now);
+            }
+            Phase::Canary { .. } => {
+                self.end_canary(Outcome::Aborted(Abort::Died(end)));
                 self.sweep(id, alone, Patience::StopTime, now);
             }
             Phase::Serving { since } => {
@@ -323,6 +351,7 @@ impl Machine {
             Phase::Sweeping { .. } | Phase::Clearing { .. } => self.release(id),
             Phase::Spawning { .. }
             | Phase::Starting { .. }
+            | Phase::Canary { .. }
             | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Aborting
@@ -338,6 +367,7 @@ impl Machine {
             Phase::Draining { .. } => self.stop(id, now),
             Phase::Spawning { .. }
             | Phase::Starting { .. }
+            | Phase::Canary { .. }
             | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Aborting
@@ -357,7 +387,8 @@ impl Machine {
                 *deadline = deadline.map(|deadline| deadline.max(until));
             }
             Phase::Stopping { kill_at } => *kill_at = (*kill_at).max(until),
-            Phase::Serving { .. }
+            Phase::Canary { .. }
+            | Phase::Serving { .. }
             | Phase::Standby { .. }
             | Phase::Aborting
             | Phase::Killing { .. }
@@ -369,6 +400,10 @@ impl Machine {
     fn watchdog_expired(&mut self, id: GenerationId, now: Time) {
         let Some(phase) = self.phase(id) else { return };
         match phase {
+            Phase::Canary { .. } => {
+                self.end_canary(Outcome::Aborted(Abort::Hung));
+                self.abort(id, now);
+            }
             Phase::Serving { since } => {
                 self.abort(id, now);
                 self.incumbent_lost(id, SIGABRT, Failure::HungInBake, since, now);
@@ -394,9 +429,10 @@ impl Machine {
             self.lame_duck_over(now);
         }
         match self.stage {
+            Stage::Canary { wait: Wait::Until(until), .. } if until <= now => self.step_due(now),
             Stage::Baking { until, .. } if until <= now => self.bake_over(now),
             Stage::Backoff { until } if until <= now => self.recover(now),
-            Stage::Idle | Stage::Starting(_) | Stage::Baking { .. } | Stage::Backoff { .. } => {}
+            Stage::Idle | Stage::Starting(_) | Stage::Canary { .. } | Stage::Baking { .. } | Stage::Backoff { .. } => {}
         }
         let due: Vec<_> = self
             .generations
@@ -422,7 +458,7 @@ impl Machine {
             Phase::Draining { .. } => self.stop(id, now),
             Phase::Stopping { .. } | Phase::Killing { .. } => self.kill(id, now),
             Phase::Sweeping { .. } | Phase::Clearing { .. } => self.clear(id, now),
-            Phase::Serving { .. } | Phase::Standby { .. } | Phase::Aborting => {}
+            Phase::Canary { .. } | Phase::Serving { .. } | Phase::Standby { .. } | Phase::Aborting => {}
         }
     }
 }

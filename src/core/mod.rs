@@ -4,7 +4,7 @@
 //!            request(Upgrade | Rollback | Restart | Stop | Quit)     handle(Event)
 //!                                   │                                  │
 //!                                   ▼                                  ▼
-//!   Stage:  Idle ─────────────> Starting ──ready──> Baking ──until──> Idle
+//!   Stage:  Idle ─────────────> Starting ──ready──> (Canary ──last step, promote──>) Baking ──until──> Idle
 //!            │ ▲                   │ candidate failed  │ candidate died, rollback
 //!     incumbent└───────────────────┴───────────────────┘ (old one serves on, untouched)
 //!      lost  ▼
@@ -17,11 +17,13 @@
 //! | file | what it decides |
 //! |---|---|
 //! | [`machine`] | the state, and the table of events by phase |
+//! | [`canary`] | a share before the switch, in steps: promote, abort |
 //! | [`upgrade`] | the transaction: start, switch, bake, fall back, what waits for its turn |
 //! | [`recovery`] | the incumbent was lost: restart policy, backoff, limit |
 //! | [`stopping`] | lame duck, graceful stop, quick stop, the end |
 //! | [`generation`] | the phases that a generation goes through |
 
+pub mod canary;
 pub mod event;
 pub mod generation;
 pub mod machine;
@@ -30,7 +32,10 @@ pub mod recovery;
 pub mod stopping;
 pub mod upgrade;
 
-pub use event::{Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source, UpgradeId};
+pub use canary::Canary;
+pub use event::{
+    Abort, Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source, UpgradeId,
+};
 pub use generation::{End, Generation, GenerationId, Phase};
 pub use machine::{Machine, Stage};
 pub use policy::{Policy, RestartLimit, RestartWhen, Time};

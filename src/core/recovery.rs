@@ -20,6 +20,11 @@ impl Machine {
     pub(super) fn incumbent_lost(&mut self, id: GenerationId, end: End, in_bake: Failure, since: Time, now: Time) {
         match self.stage {
             Stage::Baking { .. } => return self.switch_back(Outcome::Failed(in_bake)),
+            // The candidate is ready: nobody has to wait.
+            Stage::Canary { flight, .. } => {
+                self.serving = None;
+                return self.switch_to(flight, now);
+            }
             Stage::Idle | Stage::Starting(_) | Stage::Backoff { .. } => {}
         }
         debug_assert_eq!(self.serving, Some(id));
@@ -31,7 +36,9 @@ impl Machine {
         match self.stage {
             // The candidate may take its place; what follows if it fails is decided then.
             Stage::Starting(_) => {}
-            Stage::Idle | Stage::Baking { .. } | Stage::Backoff { .. } => self.service_ended(end, now),
+            Stage::Idle | Stage::Canary { .. } | Stage::Baking { .. } | Stage::Backoff { .. } => {
+                self.service_ended(end, now);
+            }
         }
     }
 
@@ -92,6 +99,6 @@ impl Machine {
 
     pub(super) fn recover(&mut self, now: Time) {
         let upgrade = self.new_upgrade();
-        self.begin(upgrade, Kind::Recovery, now);
+        self.begin(upgrade, Kind::Recovery, None, now);
     }
 }

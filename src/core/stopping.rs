@@ -78,6 +78,7 @@ impl Machine {
             match phase {
                 Phase::Spawning { .. } => self.enter(id, Phase::Aborting),
                 Phase::Starting { .. }
+                | Phase::Canary { .. }
                 | Phase::Serving { .. }
                 | Phase::Standby { .. }
                 | Phase::Draining { .. }
@@ -86,7 +87,11 @@ impl Machine {
                 {
                     self.kill(id, now);
                 }
-                Phase::Starting { .. } | Phase::Serving { .. } | Phase::Standby { .. } | Phase::Draining { .. } => {
+                Phase::Starting { .. }
+                | Phase::Canary { .. }
+                | Phase::Serving { .. }
+                | Phase::Standby { .. }
+                | Phase::Draining { .. } => {
                     self.stop(id, now);
                 }
                 Phase::Sweeping { .. } if again => self.clear(id, now),
@@ -111,16 +116,22 @@ impl Machine {
         }
     }
 
-    /// Ends what is in flight and what waits. In a bake the candidate stays the incumbent.
+    /// Ends what is in flight and what waits. In a canary the incumbent stays it, in a bake the candidate stays the incumbent.
     fn cancel_transactions(&mut self, now: Time) {
         self.cancel_pending(Outcome::Cancelled);
-        match std::mem::replace(&mut self.stage, Stage::Idle) {
-            Stage::Idle | Stage::Backoff { .. } => {}
+        match self.stage {
+            Stage::Idle | Stage::Backoff { .. } => self.stage = Stage::Idle,
+            Stage::Canary { flight, .. } => {
+                self.end_canary(Outcome::Cancelled);
+                self.drain(flight.candidate, now);
+            }
             Stage::Starting(flight) => {
+                self.stage = Stage::Idle;
                 self.notice(Notice::Ended(flight.upgrade, Outcome::Cancelled));
                 self.discard(flight.candidate, now);
             }
             Stage::Baking { flight, standby, .. } => {
+                self.stage = Stage::Idle;
                 self.notice(Notice::Ended(flight.upgrade, Outcome::Cancelled));
                 self.drain(standby, now);
             }

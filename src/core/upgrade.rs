@@ -3,8 +3,8 @@
 use super::generation::InFlight;
 use super::stopping::Life;
 use super::{
-    Action, Answer, Failure, GenerationId, Kind, Machine, Notice, Outcome, Phase, Refusal, Source, Stage, Time,
-    UpgradeId,
+    Abort, Action, Answer, Canary, Failure, GenerationId, Kind, Machine, Notice, Outcome, Phase, Refusal, Source,
+    Stage, Time, UpgradeId,
 };
 
 /// Whose programs serve, named by the generation that resolved each.
@@ -32,24 +32,26 @@ pub struct Pending {
     pub upgrade: UpgradeId,
     /// Its kind.
     pub kind: Kind,
+    /// How its candidate is tried before the switch.
+    pub canary: Option<Canary>,
     /// Whether its waiting was told.
     pub told: bool,
 }
 
 impl Machine {
     /// Accepts a request. The last one wins: of the same kind it joins the one that waits, else it takes its place.
-    pub(super) fn ask(&mut self, kind: Kind) -> Answer {
+    pub(super) fn ask(&mut self, kind: Kind, canary: Option<Canary>) -> Answer {
         if self.life != Life::Running {
             return Answer::Refused(Refusal::Stopping);
         }
         if let Some(pending) = self.pending {
-            if pending.kind == kind {
+            if pending.kind == kind && pending.canary == canary {
                 return Answer::Accepted(pending.upgrade);
             }
             self.notice(Notice::Ended(pending.upgrade, Outcome::Superseded));
         }
         let upgrade = self.new_upgrade();
-        self.pending = Some(Pending { upgrade, kind, told: false });
+        self.pending = Some(Pending { upgrade, kind, canary, told: false });
         Answer::Accepted(upgrade)
     }
 
@@ -57,10 +59,10 @@ impl Machine {
         if self.versions.current.is_none() {
             return Answer::Refused(Refusal::NothingServed);
         }
-        self.ask(Kind::Restart)
+        self.ask(Kind::Restart, None)
     }
 
-    /// In a bake a switch back; before the switch the candidate's end; otherwise a new generation.
+    /// In a bake a switch back; before the switch, in a canary too, the candidate's end; otherwise a new generation.
     pub(super) fn ask_rollback(&mut self, now: Time) -> Answer {
         if self.life != Life::Running {
             return Answer::Refused(Refusal::Stopping);
@@ -69,6 +71,12 @@ impl Machine {
             Stage::Baking { flight, .. } => {
                 let answer = self.rolled_back_at_once();
                 self.switch_back(Outcome::RolledBack);
+                self.drain(flight.candidate, now);
+                answer
+            }
+            Stage::Canary { flight, .. } => {
+                let answer = self.rolled_back_at_once();
+                self.end_canary(Outcome::Aborted(Abort::Asked));
                 self.drain(flight.candidate, now);
                 answer
             }
@@ -83,7 +91,7 @@ impl Machine {
                 if self.versions.previous.is_none() {
                     return Answer::Refused(Refusal::NothingBefore);
                 }
-                self.ask(Kind::Rollback)
+                self.ask(Kind::Rollback, None)
             }
         }
     }
@@ -107,13 +115,13 @@ impl Machine {
         let Some(pending) = self.pending else { return };
         let free = match self.stage {
             Stage::Idle | Stage::Backoff { .. } => true,
-            Stage::Starting(_) | Stage::Baking { .. } => false,
+            Stage::Starting(_) | Stage::Canary { .. } | Stage::Baking { .. } => false,
         };
         // No upgrade cuts a connection: past the limit it waits until a generation is gone, unless nobody serves.
         let leaving = self.generations.values().filter(|generation| generation.is_leaving()).count();
         if free && (leaving < self.policy.max_draining || self.serving.is_none()) {
             self.pending = None;
-            self.begin(pending.upgrade, pending.kind, now);
+            self.begin(pending.upgrade, pending.kind, pending.canary, now);
         } else if !pending.told {
             self.pending = Some(Pending { told: true, ..pending });
             self.notice(Notice::Queued(pending.upgrade, pending.kind));
@@ -121,7 +129,7 @@ impl Machine {
     }
 
     /// Spawns the candidate of a transaction.
-    pub(super) fn begin(&mut self, upgrade: UpgradeId, kind: Kind, now: Time) {
+    pub(super) fn begin(&mut self, upgrade: UpgradeId, kind: Kind, canary: Option<Canary>, now: Time) {
         let recorded = match kind {
             Kind::Start | Kind::Upgrade => None,
             Kind::Rollback => self.versions.previous,
@@ -129,11 +137,11 @@ impl Machine {
         };
         let from = self.serving;
         let candidate = self.spawn(recorded.map_or(Source::Fresh, Source::Recorded), now);
-        self.stage = Stage::Starting(InFlight { upgrade, kind, candidate });
+        self.stage = Stage::Starting(InFlight { upgrade, kind, candidate, canary });
         self.notice(Notice::Started { upgrade, kind, from, to: candidate });
     }
 
-    /// The switch.
+    /// The switch, or a canary before it, where there is somebody to share with.
     pub(super) fn candidate_ready(&mut self, id: GenerationId, now: Time) {
         let Stage::Starting(flight) = self.stage else {
             return;
@@ -141,6 +149,15 @@ impl Machine {
         if flight.candidate != id {
             return;
         }
+        match flight.canary.filter(|_| self.serving.is_some()) {
+            Some(canary) => self.begin_canary(flight, canary, now),
+            None => self.switch_to(flight, now),
+        }
+    }
+
+    /// The switch.
+    pub(super) fn switch_to(&mut self, flight: InFlight, now: Time) {
+        let id = flight.candidate;
         let from = self.serving.replace(id);
         self.enter(id, Phase::Serving { since: now });
         self.act(Action::Switch { from, to: id });

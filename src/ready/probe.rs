@@ -13,13 +13,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
+use nix::unistd::pipe2;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::unix::pipe;
 use tokio::time::{sleep, timeout};
 
 use super::divert::{connect, Steering};
 use super::tls::Tls;
 use crate::config::ready::{Probe, Url};
+use crate::core::End;
 use crate::drain::{connections, diag};
 use crate::process::group::{Group, MARKER_VAR};
 use crate::process::program::Program;
@@ -33,6 +37,9 @@ const SLOWEST: Duration = Duration::from_secs(1);
 const ACCEPTED: Duration = Duration::from_millis(5);
 /// Longest head of an HTTP answer that is read.
 const HEAD: usize = 16 * 1024;
+/// Of what a command writes, so much is kept, and so many lines are told.
+const WORDS: usize = 2048;
+const LINES: usize = 3;
 
 /// Whom a probe is about.
 #[derive(Clone)]
@@ -51,6 +58,8 @@ pub struct Context {
     pub tls: Option<Tls>,
     /// What the Host header says, and whose certificate it is to be; none: as the URL has it.
     pub host: Option<String>,
+    /// Whether another process may answer as well.
+    pub anybody: bool,
     /// For what an exec probe runs.
     pub reaper: Reaper,
     /// Longest time of one attempt.
@@ -93,8 +102,7 @@ pub async fn until_ready(probe: &Probe, context: &Context, mut report: impl FnMu
     let mut pause = FASTEST;
     let mut said = String::new();
     loop {
-        let attempt = timeout(context.timeout, attempt(probe, context)).await;
-        match attempt.unwrap_or(Err(WhyNot::Timeout(context.timeout))) {
+        match once(probe, context).await {
             Ok(()) => return,
             Err(why) => {
                 let why = why.to_string();
@@ -107,6 +115,12 @@ pub async fn until_ready(probe: &Probe, context: &Context, mut report: impl FnMu
         sleep(pause).await;
         pause = (pause * 3 / 2).min(SLOWEST);
     }
+}
+
+/// Asks once.
+pub async fn once(probe: &Probe, context: &Context) -> Result<(), WhyNot> {
+    let attempt = timeout(context.timeout, attempt(probe, context)).await;
+    attempt.unwrap_or(Err(WhyNot::Timeout(context.timeout)))
 }
 
 async fn attempt(probe: &Probe, context: &Context) -> Result<(), WhyNot> {
@@ -122,6 +136,9 @@ async fn attempt(probe: &Probe, context: &Context) -> Result<(), WhyNot> {
 
 /// Waits until the connection was accepted, and looks by whom.
 async fn is_of_generation((local, address): (SocketAddr, SocketAddr), context: &Context) -> Result<(), WhyNot> {
+    if context.anybody {
+        return Ok(());
+    }
     let inode = loop {
         match diag::far_side(local, address)? {
             Some(connection) if connection.inode != 0 => break connection.inode,
@@ -197,7 +214,8 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
     }
     let marker = format!("{:032x}", fastrand::u128(..));
     let shell = Program::resolve("/bin/sh".as_ref(), None, Path::new("/")).map_err(io::Error::other)?;
-    let null = || std::fs::OpenOptions::new().write(true).open("/dev/null").map(Into::into).map(Some);
+    let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
+    let mut words = pipe::Receiver::from_owned_fd(read)?;
     let mut env: Vec<_> = std::env::vars_os().collect();
     env.extend([
         ("ZDDSUP_SERVICE".into(), OsString::from(&context.service)),
@@ -212,8 +230,8 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
         env,
         directory: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
         fds: Vec::new(),
-        stdout: null()?,
-        stderr: null()?,
+        stdout: Some(write.try_clone()?),
+        stderr: Some(write),
         identity: None,
         umask: None,
         limits: Vec::new(),
@@ -224,10 +242,40 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
     };
     let spawned = spawn(launch, &context.reaper).await.map_err(io::Error::other)?;
     let _all_of_it = EndedWithTheAttempt(Group::new(spawned.member, &marker));
-    match spawned.end.await {
+    let (mut end, mut said) = (spawned.end, Vec::new());
+    let end = loop {
+        tokio::select! {
+            biased;
+            // Not its end, which somebody who outlives it may have.
+            Ok(1..) = words.read_buf(&mut said) => shorten(&mut said),
+            end = &mut end => break end,
+        }
+    };
+    while matches!(words.try_read_buf(&mut said), Ok(1..)) {
+        shorten(&mut said);
+    }
+    match end {
         Ok(end) if end.is_success() => Ok(()),
-        Ok(crate::core::End::Exited(code)) => Err(WhyNot::Command(format!("exited with status {code}"))),
-        Ok(_) | Err(_) => Err(WhyNot::Command("was killed".to_owned())),
+        Ok(End::Exited(code)) => Err(WhyNot::Command(format!("exited with status {code}{}", last_lines(&said)))),
+        Ok(_) | Err(_) => Err(WhyNot::Command(format!("was killed{}", last_lines(&said)))),
+    }
+}
+
+/// Keeps the end.
+fn shorten(said: &mut Vec<u8>) {
+    said.drain(..said.len().saturating_sub(WORDS));
+}
+
+/// For the end of a sentence.
+fn last_lines(said: &[u8]) -> String {
+    let text = String::from_utf8_lossy(said);
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let last = lines[lines.len().saturating_sub(LINES)..].join(" | ");
+    let harmless: String = last.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    if harmless.is_empty() {
+        harmless
+    } else {
+        format!("; it said: {harmless}")
     }
 }
 
@@ -247,6 +295,7 @@ mod tests {
             steering: Arc::new(|_| {}),
             tls: None,
             host: None,
+            anybody: false,
             reaper: Reaper::new(),
             timeout: Duration::from_secs(5),
         }

@@ -25,7 +25,7 @@ use crate::core::{Event, GenerationId};
 use crate::drain::connections::{has_socket, Places};
 use crate::drain::retired::Retired;
 use crate::handoff::adopt::remote::{Address, Caller, LookError};
-use crate::listener::steering::{Group, Key, Protocol, SteerError};
+use crate::listener::steering::{Group, Key, Origin, Protocol, SteerError};
 use crate::process::spawn::Trap;
 use crate::sys::seccomp::{Call, Notification, Notifier};
 use crate::sys::socket::{is_readable, queue_length};
@@ -44,6 +44,8 @@ pub struct Adopted {
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
     ports: Ports,
+    /// From where a canary gets everything.
+    pub(super) diverted: Vec<Origin>,
     pub(super) due: Option<Instant>,
 }
 

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use tokio::sync::{broadcast, mpsc};
 
 use super::adopting::Adopted;
+use super::canary::Canaries;
 use super::counting::Counting;
 use super::reports::Reports;
 use super::running::Running;
@@ -58,6 +59,8 @@ pub enum Input {
         /// Whether what is missing is not waited for any longer.
         given_up: bool,
     },
+    /// A round of a canary's checks, in this step.
+    Checked(GenerationId, u16, Result<(), String>),
     /// A notify message.
     Notified(GenerationId, Datagram),
     /// A handoff message.
@@ -95,6 +98,7 @@ pub struct Driver {
     pub(super) adopted: Adopted,
     /// For probes by `https://`.
     pub(super) tls: Option<Tls>,
+    pub(super) canaries: Canaries,
     /// Whether calls cannot be caught here.
     pub(super) cannot_trap: bool,
     /// When to look again whether generations without a main process are gone.
@@ -140,6 +144,7 @@ impl Driver {
                 }
                 self.news_of(id);
             }
+            Input::Checked(id, step, result) => self.checked(id, step, result),
             Input::Notified(id, datagram) => self.notified(id, datagram),
             Input::Heard(id, incoming) => self.heard(id, incoming),
             Input::Counted(counts) => self.counted(&counts),
@@ -204,6 +209,8 @@ impl Driver {
         match action {
             Action::Spawn { generation, source } => self.spawn(generation, source),
             Action::Switch { from, to } => self.switch(from, to),
+            Action::Share { candidate, incumbent, step } => self.share(candidate, incumbent, step),
+            Action::Unshare { candidate, incumbent } => self.unshare(candidate, incumbent),
             Action::Drain(id) => self.drain(id),
             Action::Stop(id) => self.signal(id, self.config.stop_signal),
             Action::Abort(id) => self.signal_main(id, Signal::SIGABRT),

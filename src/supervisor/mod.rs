@@ -11,6 +11,7 @@
 //! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`ports`] | which ports the kernel chose for them |
 //! | [`datagrams`] | those of UDP |
+//! | [`canary`] | a share of new connections before the switch, and its checks |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`daemons`] | programs whose first process is not the one that stays |
@@ -23,6 +24,7 @@
 //! | [`signals`], [`instance`], [`upward`] | signals; one supervisor a name; a supervisor above |
 
 mod adopting;
+mod canary;
 mod counting;
 mod daemons;
 mod datagrams;

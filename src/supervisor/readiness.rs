@@ -33,20 +33,7 @@ impl Driver {
                 })
             }
             Ready::Probe(target) => {
-                let Some(running) = self.running.get(&id) else { return };
-                let Some(group) = running.group.clone() else { return };
-                let wishes = inbox.clone();
-                let context = probe::Context {
-                    service: self.config.name.clone(),
-                    generation: id.0,
-                    pid: group.leader().pid,
-                    pids: Arc::new(move || group.pids()),
-                    steering: Arc::new(move |wish| drop(wishes.send(Input::Wished(id, wish)))),
-                    tls: self.tls.clone(),
-                    host: self.config.ready_host.clone(),
-                    reaper: self.reaper.clone(),
-                    timeout: self.config.probe_timeout,
-                };
+                let Some(context) = self.probe_context(id) else { return };
                 let target = target.clone();
                 tokio::spawn(async move {
                     let why_not = inbox.clone();
@@ -72,6 +59,23 @@ impl Driver {
         if !waits {
             self.happened(Event::Ready(id));
         }
+    }
+
+    /// For probes of this generation.
+    pub(super) fn probe_context(&self, id: GenerationId) -> Option<probe::Context> {
+        let (group, wishes) = (self.running.get(&id)?.group.clone()?, self.inbox.clone());
+        Some(probe::Context {
+            service: self.config.name.clone(),
+            generation: id.0,
+            pid: group.leader().pid,
+            pids: Arc::new(move || group.pids()),
+            steering: Arc::new(move |wish| drop(wishes.send(Input::Wished(id, wish)))),
+            tls: self.tls.clone(),
+            host: self.config.ready_host.clone(),
+            anybody: false,
+            reaper: self.reaper.clone(),
+            timeout: self.config.probe_timeout,
+        })
     }
 
     /// One that may still bind for itself is given more time for it.

@@ -49,6 +49,8 @@ pub enum Role {
     Serving,
     /// A candidate that was not ready.
     Starting,
+    /// A candidate that was ready, and had a share.
+    Canary,
     /// On standby, or on its way out.
     Leaving,
 }

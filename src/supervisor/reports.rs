@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::control::types::{PhaseTime, UpgradeKind, UpgradePhase, UpgradeReport, UpgradeResult};
+use crate::control::types::{CanaryReport, PhaseTime, UpgradeKind, UpgradePhase, UpgradeReport, UpgradeResult};
 use crate::core::{GenerationId, Kind, Outcome, UpgradeId};
 
 /// How many are remembered.
@@ -63,6 +63,19 @@ impl Reports {
         );
     }
 
+    /// Its candidate is ready, and has come to this step of its canary.
+    pub fn canary(&mut self, id: UpgradeId, canary: CanaryReport, now: Instant) {
+        self.change(
+            |entry| entry.report.id == id.0,
+            |entry| {
+                // One phase, for all of its steps.
+                if entry.report.canary.replace(canary).is_none() {
+                    entry.enter(UpgradePhase::Canary, now);
+                }
+            },
+        );
+    }
+
     /// It was switched to its candidate, and bakes.
     pub fn baking(&mut self, id: UpgradeId, now: Instant) {
         self.change(|entry| entry.report.id == id.0, |entry| entry.enter(UpgradePhase::Baking, now));
@@ -73,6 +86,7 @@ impl Reports {
         let result = match ending.outcome {
             Outcome::Succeeded => UpgradeResult::Succeeded,
             Outcome::Failed(_) => UpgradeResult::Failed,
+            Outcome::Aborted(_) => UpgradeResult::Aborted,
             Outcome::RolledBack => UpgradeResult::RolledBack,
             Outcome::Superseded => UpgradeResult::Superseded,
             Outcome::Cancelled => UpgradeResult::Cancelled,
@@ -153,6 +167,13 @@ impl Reports {
         self.entries.iter().find(|entry| entry.report.id == id.0)?.report.to
     }
 
+    /// Who served when it began, if its candidate is in its canary.
+    #[must_use]
+    pub fn in_canary(&self, id: UpgradeId) -> Option<GenerationId> {
+        let entry = self.entries.iter().find(|entry| entry.report.id == id.0)?;
+        entry.report.from.filter(|_| matches!(entry.phase, Some((UpgradePhase::Canary, _))))
+    }
+
     /// How many ended how.
     #[must_use]
     pub fn counts(&self) -> BTreeMap<UpgradeResult, u64> {
@@ -180,6 +201,7 @@ impl Reports {
                 reason: None,
                 stderr: Vec::new(),
                 old_kept_serving: false,
+                canary: None,
                 phases: Vec::new(),
                 connections_left: None,
                 retired: false,

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::adopting::Adopted;
+use super::canary::Canaries;
 use super::counting::Counting;
 use super::driver::{Driver, Input};
 use super::instance::{Lock, LockError, PidFile};
@@ -228,6 +229,7 @@ impl Driver {
             counting: Counting::default(),
             adopted: Adopted::default(),
             tls,
+            canaries: Canaries::default(),
             cannot_trap: false,
             sweep_due: None,
             speaks: false,
@@ -243,7 +245,8 @@ impl Driver {
             tracing::info!(listener = listener.name(), "listens on {}", listener.address());
         }
         if self.take_over(orphans) {
-            self.machine.request(Request::Upgrade, self.now());
+            let request = self.usual_upgrade().unwrap_or(Request::Upgrade);
+            self.machine.request(request, self.now());
         } else {
             self.machine.start(self.now());
         }
@@ -252,7 +255,10 @@ impl Driver {
     /// A signal came.
     fn wish(&mut self, wish: Wish) {
         let request = match wish {
-            Wish::Upgrade => Request::Upgrade,
+            Wish::Upgrade => match self.usual_upgrade() {
+                Ok(request) => request,
+                Err(refusal) => return tracing::warn!("refused: {}; {}", refusal.reason, refusal.remedy),
+            },
             Wish::Stop => Request::Stop,
             Wish::Quit => Request::Quit,
             Wish::PrintStatus => return tracing::info!("{}", self.one_line()),
@@ -276,16 +282,23 @@ impl Driver {
     fn answer(&mut self, request: control::Request) {
         let asked = match request.command {
             control::Command::Status => return self.reply_with_status(request.reply),
-            control::Command::Upgrade => Request::Upgrade,
-            control::Command::Rollback => Request::Rollback,
-            control::Command::Restart => Request::Restart,
-            control::Command::Stop { quick: false } => Request::Stop,
-            control::Command::Stop { quick: true } => Request::Quit,
+            control::Command::Upgrade => self.usual_upgrade(),
+            // The server refused those that cannot be meant.
+            control::Command::Canary(flags) => self.upgrade_by(flags.plan().unwrap_or_default()),
+            control::Command::Promote => Ok(Request::Promote),
+            control::Command::Abort => Ok(Request::Abort),
+            control::Command::Rollback => Ok(Request::Rollback),
+            control::Command::Restart => Ok(Request::Restart),
+            control::Command::Stop { quick: false } => Ok(Request::Stop),
+            control::Command::Stop { quick: true } => Ok(Request::Quit),
         };
-        let reply = match self.ask(asked) {
-            Answer::Accepted(id) => control::Reply::Accepted { upgrade: id.0 },
-            Answer::Stopping => control::Reply::Stopping,
-            Answer::Refused(refusal) => control::Reply::Refused(in_words(refusal)),
+        let reply = match asked.map(|asked| self.ask(asked)) {
+            Err(refusal) => control::Reply::Refused(refusal),
+            Ok(answer) => match answer {
+                Answer::Accepted(id) => control::Reply::Accepted { upgrade: id.0 },
+                Answer::Stopping => control::Reply::Stopping,
+                Answer::Refused(refusal) => control::Reply::Refused(in_words(refusal)),
+            },
         };
         let _gone = request.reply.send(reply);
     }
@@ -312,6 +325,14 @@ fn in_words(refusal: Refusal) -> control::Refusal {
         Refusal::NothingBefore => {
             ("no version served before the one that serves now", "put the former program in place and upgrade")
         }
+        Refusal::NoCanary => (
+            "no generation is ready and gets a share of new connections",
+            "begin a canary with `zddsup upgrade --canary 5%`; see `zddsup status`",
+        ),
+        Refusal::NothingToAbort => (
+            "no generation is there that was not switched to yet",
+            "`zddsup rollback` goes back to the version before; see `zddsup status`",
+        ),
         Refusal::NothingServed => ("no version has been ready yet", "wait for the first one, or upgrade"),
     };
     control::Refusal { reason: reason.to_owned(), remedy: remedy.to_owned() }

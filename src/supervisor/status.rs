@@ -54,6 +54,10 @@ impl Driver {
         let kind = UpgradeKind::from(kind);
         match self.machine.stage() {
             Stage::Starting(flight) => format!("{kind}: waits until generation {} is ready or fails", flight.candidate),
+            Stage::Canary { flight, .. } => format!(
+                "{kind}: waits for the canary of generation {} (`zddsup promote` or `abort` end it)",
+                flight.candidate
+            ),
             Stage::Baking { flight, .. } => format!("{kind}: waits for the bake of generation {}", flight.candidate),
             Stage::Idle | Stage::Backoff { .. } => format!(
                 "{kind}: {} generations are still draining (--max-draining): waits until one is gone",
@@ -67,6 +71,7 @@ impl Driver {
         match (self.machine.life(), self.machine.stage(), self.machine.serving()) {
             (Life::LameDuck { .. }, ..) => ServicePhase::LameDuck,
             (Life::Stopping { .. } | Life::Over, ..) => ServicePhase::Stopping,
+            (Life::Running, Stage::Canary { .. }, _) => ServicePhase::Canary,
             (Life::Running, Stage::Baking { .. }, _) => ServicePhase::Baking,
             (Life::Running, Stage::Starting(_), Some(_)) => ServicePhase::Upgrading,
             (Life::Running, Stage::Starting(flight), None) if flight.kind == Kind::Start => ServicePhase::Starting,
@@ -79,6 +84,7 @@ impl Driver {
         let phase = self.machine.generations().find(|(other, _)| *other == id).map(|(_, generation)| generation.phase);
         match phase {
             Some(Phase::Spawning { .. } | Phase::Starting { .. }) => GenerationPhase::Starting,
+            Some(Phase::Canary { .. }) => GenerationPhase::Canary,
             Some(Phase::Serving { .. }) => GenerationPhase::Serving,
             Some(Phase::Standby { .. }) => GenerationPhase::Standby,
             Some(Phase::Draining { .. }) => GenerationPhase::Draining,
@@ -115,11 +121,16 @@ impl Driver {
             (Some(serving), Stage::Starting(flight)) => {
                 format!("generation {serving} serves, generation {} is being started", flight.candidate)
             }
+            (Some(serving), Stage::Canary { flight, .. }) => {
+                format!("generation {serving} serves, generation {} gets a share", flight.candidate)
+            }
             (Some(serving), Stage::Baking { standby, .. }) => {
                 format!("generation {serving} serves and bakes, generation {standby} is on standby")
             }
             (None, Stage::Starting(flight)) => format!("generation {} is being started", flight.candidate),
-            (None, Stage::Idle | Stage::Backoff { .. } | Stage::Baking { .. }) => "no generation serves".to_owned(),
+            (None, Stage::Idle | Stage::Backoff { .. } | Stage::Canary { .. } | Stage::Baking { .. }) => {
+                "no generation serves".to_owned()
+            }
         };
         let leaving = self.machine.generations().filter(|(_, generation)| generation.is_leaving()).count();
         if leaving > 0 {

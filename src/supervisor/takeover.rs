@@ -110,13 +110,18 @@ impl Driver {
         for (owner, socket) in orphans.adopted {
             self.adopted.found(owner, socket);
         }
-        let mut incumbent = None;
+        // Who served; else who is ready.
+        let living = |role| {
+            let mut all = orphans.generations.iter();
+            all.find(|orphan| orphan.recorded.role == role && orphan.main.is_some())
+                .map(|orphan| orphan.recorded.number)
+        };
+        let incumbent = living(Role::Serving).or_else(|| living(Role::Canary));
         let mut leaving = Vec::new();
         for Orphan { recorded, main, group } in orphans.generations {
             let id = recorded.number;
-            match (recorded.role, &main) {
-                (Role::Serving, Some(_)) => incumbent = Some(id),
-                (Role::Serving | Role::Starting | Role::Leaving, _) => leaving.push(id),
+            if incumbent != Some(id) {
+                leaving.push(id);
             }
             tracing::warn!(
                 generation = %id,
@@ -165,6 +170,10 @@ impl Driver {
         }
         let policy = self.machine.policy().clone();
         self.machine = Machine::resume(policy, incumbent, &leaving, self.now());
+        if let Some(incumbent) = incumbent {
+            // A canary that it was may still get its share.
+            self.steer_to(incumbent, None);
+        }
         incumbent.is_some()
     }
 
@@ -204,6 +213,7 @@ impl Driver {
             main_start_ticks: main.start_ticks,
             marker: running.marker.clone(),
             role: match phase {
+                Phase::Canary { .. } => Role::Canary,
                 Phase::Serving { .. } => Role::Serving,
                 Phase::Spawning { .. } | Phase::Starting { .. } | Phase::Aborting => Role::Starting,
                 Phase::Standby { .. }

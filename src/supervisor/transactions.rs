@@ -6,7 +6,7 @@ use super::driver::Driver;
 use super::reports::Ending;
 use super::running::Running;
 use crate::core::stopping::Life;
-use crate::core::{Kind, Notice, Outcome, UpgradeId};
+use crate::core::{Abort, Kind, Notice, Outcome, UpgradeId};
 
 impl Driver {
     pub(super) fn noticed(&mut self, notice: Notice) {
@@ -19,6 +19,7 @@ impl Driver {
                 }
                 self.reports.started(upgrade, kind, from, to, now);
             }
+            Notice::Canary(id, step) => self.canary_moved(id, step),
             Notice::Baking(id) => {
                 tracing::info!(upgrade = %id, "bakes for {:?}; the old generation is on standby", self.config.bake);
                 self.reports.baking(id, now);
@@ -57,6 +58,16 @@ impl Driver {
                 self.last_failure = Some(reason.clone());
                 (Some(reason), stderr)
             }
+            Outcome::Aborted(abort) => {
+                let reason = self.explain_abort(abort, candidate);
+                tracing::warn!(upgrade = %id, "aborted: {reason}");
+                let candidate = candidate.and_then(|candidate| self.running.get(&candidate));
+                let stderr = candidate.filter(|_| abort != Abort::Asked).map(Running::last_words).unwrap_or_default();
+                if let Some(candidate) = candidate {
+                    self.restore_flags(candidate.id);
+                }
+                (Some(reason), stderr)
+            }
             Outcome::RolledBack => (Some("rolled back in its bake".to_owned()), Vec::new()),
             Outcome::Superseded => (Some("a later request took its place".to_owned()), Vec::new()),
             Outcome::Cancelled => {
@@ -70,8 +81,9 @@ impl Driver {
                 (Some(reason.to_owned()), Vec::new())
             }
             Outcome::Succeeded => {
+                let lost = self.lost_beside_a_canary(id);
                 tracing::info!(upgrade = %id, "succeeded");
-                (None, Vec::new())
+                (lost, Vec::new())
             }
         };
         self.reports.ended(id, Ending { outcome, reason, stderr, old_serves }, now);

@@ -3,16 +3,21 @@
 use std::hash::{Hash, Hasher};
 
 use stateright::{Model, Property};
+use zddsup::core::canary::Wait;
 use zddsup::core::stopping::Life;
-use zddsup::core::{Action, Answer, End, Event, GenerationId, Machine, Phase, Policy, Request, Source, Stage, Time};
+use zddsup::core::{
+    Action, Answer, Canary, End, Event, GenerationId, Machine, Phase, Policy, Request, Source, Stage, Time,
+};
 
-use crate::world::{self, Budget, Process, World};
+use crate::world::{self, Budget, Cause, Process, World};
 
 #[derive(Debug, Clone)]
 pub struct Exploration {
     pub policy: Policy,
     pub budget: Budget,
     pub mutation: Option<Mutation>,
+    /// What [`Request::Canary`] asks for.
+    pub canary: Canary,
 }
 
 /// A core that breaks a promise, made by meddling with what goes in and out of the real one.
@@ -26,6 +31,7 @@ pub enum Mutation {
     ReleasesEarly,
     RunsTheOldProgram,
     FinishesEarly,
+    EndsTheIncumbentInACanary,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -51,7 +57,7 @@ impl Hash for State {
             std::mem::discriminant(&generation.phase).hash(hasher);
             generation.program.hash(hasher);
             generation.deadline().map(left).hash(hasher);
-            if let Phase::Serving { since } | Phase::Standby { since } = generation.phase {
+            if let Phase::Canary { since } | Phase::Serving { since } | Phase::Standby { since } = generation.phase {
                 self.now.since(since).min(stable).hash(hasher);
             }
         }
@@ -59,6 +65,13 @@ impl Hash for State {
         match self.machine.stage() {
             Stage::Idle => {}
             Stage::Starting(flight) => flight.hash(hasher),
+            Stage::Canary { flight, canary, step, wait, passed } => {
+                let wait = match wait {
+                    Wait::Until(until) => Wait::Until(Time(left(until))),
+                    wait @ (Wait::Check | Wait::Asked) => wait,
+                };
+                (flight, canary, step, wait, passed).hash(hasher);
+            }
             Stage::Baking { flight, standby, until, before } => {
                 (flight, standby, left(until), before).hash(hasher);
             }
@@ -78,11 +91,11 @@ impl Hash for State {
 }
 
 impl State {
-    fn take(&mut self, mutation: Option<Mutation>, cause: Option<Event>, before: &Machine) {
+    fn take(&mut self, mutation: Option<Mutation>, cause: Cause, before: &Machine) {
         while let Some(action) = self.machine.poll_action() {
             let mut actions = vec![action];
             if let Some(mutation) = mutation {
-                mutation.on_action(&mut actions, cause, before);
+                mutation.on_action(&mut actions, cause.event(), before);
             }
             for action in actions {
                 self.world.performs(&action, cause, before, &self.machine);
@@ -95,6 +108,10 @@ impl State {
         let budget = &mut self.budget;
         match step {
             Step::Ask(Request::Upgrade) => budget.upgrades -= 1,
+            Step::Ask(Request::Canary(_)) => budget.canaries -= 1,
+            Step::Ask(Request::Promote) => budget.promotes -= 1,
+            Step::Ask(Request::Abort) => budget.aborts -= 1,
+            Step::Happen(Event::CheckFailed(_)) => budget.bad_checks -= 1,
             Step::Ask(Request::Rollback) => budget.rollbacks -= 1,
             Step::Ask(Request::Restart) => budget.restarts -= 1,
             Step::Ask(Request::Stop) => budget.stops -= 1,
@@ -139,6 +156,9 @@ impl Mutation {
             (Mutation::FinishesEarly, &Action::Drain(_)) if !matches!(before.stage(), Stage::Starting(_)) => {
                 actions.push(Action::Finish(zddsup::core::Finish::Stopped));
             }
+            (Mutation::EndsTheIncumbentInACanary, &Action::Share { incumbent, .. }) => {
+                actions.push(Action::Drain(incumbent));
+            }
             (Mutation::TwoCandidates, &Action::Spawn { generation, source }) => {
                 actions.push(Action::Spawn { generation, source });
             }
@@ -157,7 +177,7 @@ impl Model for Exploration {
         let now = Time::default();
         let first = machine.start(now);
         let mut state = State { machine, world: World::new(first), budget: self.budget.clone(), now };
-        state.take(None, None, &before);
+        state.take(None, Cause::Start, &before);
         vec![state]
     }
 
@@ -168,6 +188,9 @@ impl Model for Exploration {
         let budget = &state.budget;
         for (left, request) in [
             (budget.upgrades, Request::Upgrade),
+            (budget.canaries, Request::Canary(self.canary)),
+            (budget.promotes, Request::Promote),
+            (budget.aborts, Request::Abort),
             (budget.rollbacks, Request::Rollback),
             (budget.restarts, Request::Restart),
             (budget.stops, Request::Stop),
@@ -197,6 +220,16 @@ impl Model for Exploration {
                 Process::Running => {
                     // Late and repeated ones too.
                     happen(Event::Ready(id));
+                    if let Stage::Canary { flight, step, canary, .. } = state.machine.stage() {
+                        if flight.candidate == id && canary.checked {
+                            happen(Event::Checked(id, step));
+                            // Of the step before.
+                            happen(Event::Checked(id, step.wrapping_sub(1)));
+                            if budget.bad_checks > 0 {
+                                happen(Event::CheckFailed(id));
+                            }
+                        }
+                    }
                     if may_be_lost {
                         let killed = End::Killed { signal: 9, core: false };
                         happen(Event::Exited { generation: id, end: End::Exited(0), alone: true });
@@ -230,7 +263,7 @@ impl Model for Exploration {
                     _ => next.machine.request(request, next.now),
                 };
                 next.world.asked(request, answer, &last.machine, &next.machine);
-                next.take(self.mutation, None, &last.machine);
+                next.take(self.mutation, Cause::Request(request), &last.machine);
             }
             Step::Happen(event) => {
                 if event == Event::Timeout {
@@ -245,7 +278,7 @@ impl Model for Exploration {
                     _ => event,
                 };
                 next.machine.handle(heard, next.now);
-                next.take(self.mutation, Some(event), &last.machine);
+                next.take(self.mutation, Cause::Event(event), &last.machine);
             }
         }
         Some(next)
@@ -260,6 +293,7 @@ impl Model for Exploration {
                 let mut generations = state.machine.generations();
                 generations.any(|(_, generation)| generation.is_leaving()) && state.machine.serving().is_some()
             }),
+            Property::always(world::CANARY, |_, state: &State| state.world.keeps(world::CANARY)),
             Property::always(world::QUEUE, |_, state: &State| state.world.keeps(world::QUEUE)),
             Property::always(world::READY_FIRST, |_, state: &State| state.world.keeps(world::READY_FIRST)),
             Property::always(world::UNCHANGED, |_, state: &State| state.world.keeps(world::UNCHANGED)),

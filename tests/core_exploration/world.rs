@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use zddsup::core::canary::Wait;
 use zddsup::core::stopping::Life;
+use zddsup::core::upgrade::Pending;
 use zddsup::core::{
     Action, Answer, Event, Finish, GenerationId, Kind, Machine, Notice, Outcome, Phase, Request, RestartWhen, Source,
     Stage, Time, UpgradeId,
@@ -16,6 +18,12 @@ pub struct Budget {
     pub restarts: u8,
     pub stops: u8,
     pub quits: u8,
+    /// Upgrades by a canary.
+    pub canaries: u8,
+    pub promotes: u8,
+    pub aborts: u8,
+    /// Checks of a canary that fail.
+    pub bad_checks: u8,
     /// Exits that leave other processes of the generation behind, stale messages, watchdogs.
     pub rude: u8,
     /// Exits and failed spawns of generations that were not told to end.
@@ -50,6 +58,7 @@ pub const UNCHANGED: &str = "4 a failed upgrade changes nothing";
 pub const ONE: &str = "5 one at a time";
 pub const NOTHING_LEFT: &str = "6 nothing left behind";
 pub const FRESH: &str = "7 fresh every time";
+pub const CANARY: &str = "a canary takes nothing from the incumbent but its share, and ends";
 pub const ALIVE: &str = "nothing is forgotten";
 
 impl World {
@@ -77,6 +86,10 @@ impl World {
         !self.broken.contains(promise)
     }
 
+    fn lives(&self, id: GenerationId) -> bool {
+        self.processes.get(&id).is_some_and(|process| matches!(process, Process::Asked | Process::Running))
+    }
+
     /// The world's side of an event, before the core hears of it.
     pub fn happens(&mut self, event: Event) {
         match event {
@@ -91,7 +104,12 @@ impl World {
                 let left = if alone { Process::Gone } else { Process::MainGone };
                 self.processes.insert(generation, left);
             }
-            Event::Drained(_) | Event::Extended(..) | Event::WatchdogExpired(_) | Event::Timeout => {}
+            Event::Drained(_)
+            | Event::Extended(..)
+            | Event::WatchdogExpired(_)
+            | Event::Checked(..)
+            | Event::CheckFailed(_)
+            | Event::Timeout => {}
         }
     }
 
@@ -99,24 +117,43 @@ impl World {
         match (request, answer) {
             (Request::Stop | Request::Quit, _) => self.stop_asked = true,
             (_, Answer::Accepted(id)) => {
+                if matches!(request, Request::Promote | Request::Abort) {
+                    return self.answered(request, id, before, after);
+                }
                 self.open.insert(id);
-                if request == Request::Upgrade {
+                if matches!(request, Request::Upgrade | Request::Canary(_)) {
                     self.fresh_owed = true;
-                    if let Some(pending) = before.pending().filter(|pending| pending.kind == Kind::Upgrade) {
+                    let canary = match request {
+                        Request::Canary(canary) => Some(canary),
+                        _ => None,
+                    };
+                    let same = |pending: &Pending| pending.kind == Kind::Upgrade && pending.canary == canary;
+                    if let Some(pending) = before.pending().filter(same) {
                         self.require(ONE, id == pending.upgrade);
                     }
                 }
             }
-            (Request::Upgrade | Request::Rollback | Request::Restart, Answer::Refused(_)) => {
+            (_, Answer::Refused(_)) => {
                 let same = before.serving() == after.serving() && before.stage() == after.stage();
                 self.require(UNCHANGED, same);
             }
-            (Request::Upgrade | Request::Rollback | Request::Restart, Answer::Stopping) => self.require(ALIVE, false),
+            (_, Answer::Stopping) => self.require(ALIVE, false),
         }
     }
 
-    /// The core's answer to an event or request.
-    pub fn performs(&mut self, action: &Action, cause: Option<Event>, before: &Machine, after: &Machine) {
+    /// A canary was promoted, or something was aborted: the transaction that was under way, and its incumbent as told.
+    fn answered(&mut self, request: Request, id: UpgradeId, before: &Machine, after: &Machine) {
+        let (upgrade, candidate) = match before.stage() {
+            Stage::Canary { flight, .. } => (flight.upgrade, flight.candidate),
+            Stage::Starting(flight) if request == Request::Abort => (flight.upgrade, flight.candidate),
+            _ => return self.require(CANARY, false),
+        };
+        let serves = if request == Request::Promote { Some(candidate) } else { before.serving() };
+        self.require(CANARY, id == upgrade && after.serving() == serves);
+    }
+
+    /// The core's answer to an event (`cause`) or request.
+    pub fn performs(&mut self, action: &Action, cause: Cause, before: &Machine, after: &Machine) {
         self.require(QUEUE, self.finished.is_none());
         match *action {
             Action::Spawn { generation, source } => {
@@ -128,12 +165,30 @@ impl World {
             }
             Action::Switch { to, .. } => {
                 self.ever_ready = true;
-                let lives = self.processes.get(&to).is_some_and(|p| matches!(p, Process::Asked | Process::Running));
-                self.require(READY_FIRST, self.ready.contains(&to) && lives);
+                self.require(READY_FIRST, self.ready.contains(&to) && self.lives(to));
+                self.require(CANARY, may_switch(cause, before));
+            }
+            Action::Share { candidate, incumbent, step } => {
+                self.require(READY_FIRST, self.ready.contains(&candidate) && self.lives(candidate));
+                self.require(CANARY, self.lives(incumbent) && before.serving() == Some(incumbent));
+                // One step after the other, each once, and none without the check of the one before.
+                let follows = match before.stage() {
+                    Stage::Canary { step: last, .. } if cause == Cause::Event(Event::Timeout) => {
+                        step == last + 1 && matches!(before.stage(), Stage::Canary { passed: true, .. })
+                    }
+                    Stage::Canary { step: last, .. } => {
+                        step == last + 1 && cause == Cause::Event(Event::Checked(candidate, last))
+                    }
+                    _ => step == 0,
+                };
+                self.require(CANARY, follows);
+            }
+            Action::Unshare { candidate, incumbent } => {
+                self.require(CANARY, before.serving() == Some(incumbent) && candidate != incumbent);
             }
             Action::Drain(id) | Action::Stop(id) | Action::Abort(id) | Action::Kill(id) => {
                 self.told_to_end.insert(id);
-                self.may_be_told_to_end(id, cause, before, after);
+                self.may_be_told_to_end(id, cause.event(), before, after);
                 let exists = self.processes.get(&id).is_some_and(|&process| process != Process::Gone);
                 self.require(NOTHING_LEFT, exists);
             }
@@ -174,6 +229,10 @@ impl World {
             Notice::Ended(id, outcome) => {
                 let was_open = self.open.remove(&id);
                 self.require(ALIVE, was_open);
+                if matches!(outcome, Outcome::Aborted(_)) {
+                    let same = before.serving().is_some_and(|id| phase(before, id) == phase(after, id));
+                    self.require(CANARY, same && after.serving() == before.serving());
+                }
                 if matches!(outcome, Outcome::Superseded | Outcome::Cancelled)
                     && before.pending().is_none_or(|pending| pending.upgrade == id)
                     && after.pending().is_none_or(|pending| pending.kind != Kind::Upgrade)
@@ -188,7 +247,7 @@ impl World {
                     self.require(UNCHANGED, same || after.life() != Life::Running);
                 }
             }
-            Notice::Baking(_) | Notice::Backoff(_) | Notice::LameDuck(_) | Notice::Stopping => {}
+            Notice::Canary(..) | Notice::Baking(_) | Notice::Backoff(_) | Notice::LameDuck(_) | Notice::Stopping => {}
         }
     }
 
@@ -208,6 +267,24 @@ impl World {
             .filter(|(_, generation)| matches!(generation.phase, Phase::Spawning { .. } | Phase::Starting { .. }))
             .count();
         self.require(ONE, candidates <= 1);
+        let sharing: Vec<_> = machine
+            .generations()
+            .filter(|(_, generation)| matches!(generation.phase, Phase::Canary { .. }))
+            .map(|(id, _)| id)
+            .collect();
+        if let Stage::Canary { flight, canary, step, wait, passed } = machine.stage() {
+            self.require(CANARY, sharing == [flight.candidate] && machine.serving().is_some());
+            self.require(ONE, candidates == 0);
+            // It ends: by its steps, by a check that is under way, or by somebody who was told that he has to.
+            let ends = match wait {
+                Wait::Until(until) => until > now,
+                Wait::Check => canary.checked && !passed,
+                Wait::Asked => !canary.switches && step + 1 == canary.steps,
+            };
+            self.require(CANARY, ends);
+        } else {
+            self.require(CANARY, sharing.is_empty());
+        }
         let serving: Vec<_> = machine
             .generations()
             .filter(|(_, generation)| matches!(generation.phase, Phase::Serving { .. }))
@@ -235,6 +312,38 @@ impl World {
             self.require(ALIVE, machine.generations().count() > 0 || self.finished.is_some());
         }
         self.require(ALIVE, machine.poll_timeout().is_none_or(|due| due > now));
+    }
+}
+
+/// Why something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    Start,
+    Request(Request),
+    Event(Event),
+}
+
+impl Cause {
+    pub fn event(self) -> Option<Event> {
+        match self {
+            Cause::Event(event) => Some(event),
+            Cause::Start | Cause::Request(_) => None,
+        }
+    }
+}
+
+/// From a canary: because it was asked for, at the end of the last step, or in the place of an incumbent that was lost.
+fn may_switch(cause: Cause, before: &Machine) -> bool {
+    let Stage::Canary { canary, step, passed, .. } = before.stage() else { return true };
+    let last = canary.switches && step + 1 == canary.steps;
+    match cause {
+        Cause::Request(request) => request == Request::Promote,
+        Cause::Event(Event::Timeout) => last && passed,
+        Cause::Event(Event::Checked(..)) => last,
+        Cause::Event(Event::Exited { generation, .. } | Event::WatchdogExpired(generation)) => {
+            before.serving() == Some(generation)
+        }
+        Cause::Event(_) | Cause::Start => false,
     }
 }
 

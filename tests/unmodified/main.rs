@@ -10,6 +10,8 @@
 //! | `protocols` | TLS, HTTP/2, WebSocket, long answers and slow requests across an upgrade |
 //! | `versions` | new versions that do not listen, crash, fork away |
 //! | `datagrams` | UDP: every datagram is answered |
+//! | `canary` | a share for the new version first: by number, by network, in steps; what ends it |
+//! | `servers` | real servers, one a test |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -17,6 +19,7 @@ mod common;
 mod matrix;
 mod stage;
 
+mod canary;
 mod datagrams;
 mod places;
 mod probes;

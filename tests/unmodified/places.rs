@@ -10,7 +10,7 @@ use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 
 use crate::common::load::Load;
 use crate::common::{puppet, try_request, wait_for, Setup, PATIENCE, ZDDSUP};
-use crate::stage::Site;
+use crate::stage::{upgrade_under_load, Site};
 
 /// Runs the rest of its arguments under a filter that lets one system call fail with EPERM, as a container's profile does.
 const FORBID: &str = "
@@ -182,5 +182,5 @@ Server(('127.0.0.1', int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).se
 ";
     let site = Site::new();
     let supervisor = site.start(&["--max-draining", "10", "--", "/usr/bin/python3", "-c", SERVER, "PORT"]);
-    site.upgrade_under_load(&supervisor, &site.load());
+    upgrade_under_load(&supervisor, &site.load());
 }

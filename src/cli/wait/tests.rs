@@ -6,6 +6,8 @@ use crate::control::fixture::{self, Fake};
 use crate::control::server::Limits;
 use crate::control::types::{PhaseTime, Refusal};
 
+const UPGRADE: Asked = Asked { word: "upgrade", wanted: UpgradeResult::Succeeded };
+
 fn waiting(wait: Until) -> Waiting {
     Waiting { wait, timeout: None, json: false }
 }
@@ -33,7 +35,7 @@ fn scripted(script: Vec<Event>) -> Fake {
 }
 
 async fn ask(fake: &Fake, waiting: &Waiting) -> Result<Outcome, Failure> {
-    request(&fake.client, Command::Upgrade, "upgrade", waiting, &mut Progress::lines(io::sink())).await
+    request(&fake.client, Command::Upgrade, UPGRADE, waiting, &mut Progress::lines(io::sink())).await
 }
 
 #[tokio::test]
@@ -89,7 +91,7 @@ async fn a_supervisor_that_dies_is_never_a_success() {
     let client = fake.client.clone();
     let asked = tokio::spawn(async move {
         let mut progress = Progress::lines(io::sink());
-        request(&client, Command::Upgrade, "upgrade", &waiting(Until::Result), &mut progress).await
+        request(&client, Command::Upgrade, UPGRADE, &waiting(Until::Result), &mut progress).await
     });
     while fake.asked.lock().unwrap().is_empty() {
         tokio::task::yield_now().await;
@@ -104,7 +106,7 @@ async fn a_supervisor_that_dies_is_never_a_success() {
     let nobody = Client::new("/nonexistent/web.sock".into());
     let mut progress = Progress::lines(io::sink());
     let failure =
-        request(&nobody, Command::Upgrade, "upgrade", &waiting(Until::Result), &mut progress).await.unwrap_err();
+        request(&nobody, Command::Upgrade, UPGRADE, &waiting(Until::Result), &mut progress).await.unwrap_err();
     assert_eq!(failure.exit(), Exit::NoSupervisor);
 }
 
@@ -129,8 +131,8 @@ fn what_is_over_stays_over() {
     let mut follower = Follower { upgrade: Some(5), ..Follower::default() };
     follower.take(ended(5, UpgradeResult::Succeeded, false));
     follower.take(step(5, UpgradePhase::Baking));
-    assert!(follower.over(Until::Result).is_some());
-    assert!(follower.over(Until::Retired).is_none());
+    assert!(follower.over(Until::Result, UpgradeResult::Succeeded).is_some());
+    assert!(follower.over(Until::Retired, UpgradeResult::Succeeded).is_none());
 }
 
 #[test]
