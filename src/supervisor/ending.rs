@@ -168,9 +168,10 @@ impl Driver {
 
     /// Whether a generation gets nothing new once it is switched away from, and is left alone until what it has is gone.
     fn observes_drains(&self) -> bool {
-        let steered = self.adopts() && !self.cannot_trap && self.machine.serving().is_some();
+        let steered = self.steers_all() && self.machine.serving().is_some();
         match self.config.drain {
-            Drain::Auto | Drain::Observe => steered,
+            Drain::Auto => steered && self.adopts(),
+            Drain::Observe => steered,
             Drain::Signal => false,
         }
     }

@@ -242,7 +242,9 @@ impl Driver {
         for listener in &self.listeners {
             tracing::info!(listener = listener.name(), "listens on {}", listener.address());
         }
-        if self.take_over(orphans) {
+        let taken_over = self.take_over(orphans);
+        self.hold_declared();
+        if taken_over {
             self.machine.request(Request::Upgrade, self.now());
         } else {
             self.machine.start(self.now());

@@ -35,6 +35,7 @@ impl Driver {
                 .chain(
                     self.adopted
                         .keys()
+                        .filter(|key| !self.adopted.declared.contains_key(key))
                         .map(|key| Listener { name: "adopted".to_owned(), address: format!("tcp://{}", key.local()) }),
                 )
                 .collect(),
