@@ -4,6 +4,7 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `servers` | real servers, one a test |
+//! | `declared` | `--listen` in the place of what they bind |
 //! | `probes` | probes on the port that both generations have |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
@@ -11,6 +12,7 @@
 mod common;
 mod stage;
 
+mod declared;
 mod probes;
 mod servers;
 mod steering;
