@@ -179,13 +179,13 @@ impl ServiceConfig {
         {
             return Err(ConfigError::SameName(name.clone()));
         }
-        let named = |listener: &ListenerSpec| (listener.name.clone(), listener.address.to_string());
+        let in_words = |listener: &ListenerSpec| (listener.name.clone(), listener.address.to_string());
         if self.handoff == Handoff::Adopt {
             if self.switch == Switch::Shared {
                 return Err(ConfigError::AdoptsAndShares);
             }
             if let Some(other) = self.listeners.iter().find(|listener| !listener.address.is_tcp()) {
-                let (listener, address) = named(other);
+                let (listener, address) = in_words(other);
                 return Err(ConfigError::AdoptsOther { listener, address });
             }
         }
@@ -193,7 +193,7 @@ impl ServiceConfig {
             let is_unix = |listener: &&ListenerSpec| matches!(listener.address, Address::Unix { .. });
             if let Some(unix) = self.listeners.iter().find(is_unix) {
                 let ((listener, address), why) =
-                    (named(unix), "is a Unix socket, of which Linux has one: use --switch shared");
+                    (in_words(unix), "is a Unix socket, of which Linux has one: use --switch shared");
                 return Err(ConfigError::CannotSteer { listener, address, why });
             }
         }

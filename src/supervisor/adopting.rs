@@ -32,7 +32,7 @@ const QUIET: Duration = Duration::from_millis(250);
 /// One that does not listen where the one before does is waited for so long; then that address is given up.
 pub(super) const GIVEN_UP: Duration = Duration::from_secs(5);
 /// How often the queue of a socket that has been left is looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// All sockets that are steered.
 #[derive(Debug, Default)]
@@ -43,6 +43,10 @@ pub struct Adopted {
     /// Ports that the kernel chose for a service that bound port 0: the next generation gets the same.
     chosen: Vec<SocketAddr>,
     due: Option<Instant>,
+    /// Generations that are told to drain once they have accepted what waits in their own sockets.
+    pub(super) emptying: Vec<(GenerationId, Vec<Retired>)>,
+    /// When to look at those.
+    pub(super) emptying_due: Option<Instant>,
     /// Where zddsup was told to listen, with the place in the list of listeners.
     pub(super) declared: BTreeMap<Key, usize>,
 }
@@ -60,7 +64,7 @@ enum Verdict {
 impl Adopted {
     /// When to look at queues again.
     pub fn due(&self) -> Option<Instant> {
-        self.due
+        self.due.into_iter().chain(self.emptying_due).min()
     }
 
     /// Where generations listen, for the status and for counting.
@@ -83,7 +87,7 @@ impl Adopted {
         }
     }
 
-    fn of(&self, generation: GenerationId) -> Vec<Arc<OwnedFd>> {
+    pub(super) fn of(&self, generation: GenerationId) -> Vec<Arc<OwnedFd>> {
         self.sockets().filter(|(_, owner, _)| *owner == generation).map(|(_, _, socket)| Arc::clone(socket)).collect()
     }
 
@@ -349,14 +353,12 @@ impl Driver {
                 }
             } else if from.is_some_and(|from| !group.of(from).is_empty()) {
                 let key = group.key();
-                match self.adopted.declared.get(key) {
-                    None => {
-                        tracing::warn!(generation = %to, "does not listen on {key} any more: closed once nobody is left there")
-                    }
-                    Some(_) => {
-                        tracing::warn!(generation = %to, "does not listen on {key} any more: what comes there waits")
-                    }
-                }
+                let what_then = if self.adopted.declared.contains_key(key) {
+                    "what comes there goes to the old one, and waits once that is gone"
+                } else {
+                    "closed once nobody is left there"
+                };
+                tracing::warn!(generation = %to, "does not listen on {key} any more: {what_then}");
             } else if self.adopted.declared.contains_key(group.key()) {
                 tracing::warn!(generation = %to, "does not listen on {}, which --listen asks for: what comes there waits", group.key());
             }

@@ -12,10 +12,11 @@
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::adopting::Adopted;
+use super::adopting::{Adopted, LOOK_AGAIN};
 use super::driver::Driver;
 use super::spawning::LaunchError;
 use crate::core::GenerationId;
@@ -131,8 +132,8 @@ impl Driver {
         let here = |group: &&Group| group.key().protocol() == Protocol::Tcp && group.key().local() == local;
         let sockets = self.adopted.groups.values().filter(here).flat_map(|group| {
             let is_target = |owner| group.weights().iter().any(|(target, _)| *target == owner);
-            let takes = move |owner| owner == NOBODY || nobody_serves && (is_gone(owner) || is_target(owner));
-            group.members().filter(move |(owner, _, leaving)| !leaving && *owner != taker && takes(*owner))
+            let waits = move |owner| owner == NOBODY || nobody_serves && (is_gone(owner) || is_target(owner));
+            group.members().filter(move |(owner, _, leaving)| !leaving && *owner != taker && waits(*owner))
         });
         let fullest = sockets.max_by_key(|(_, socket, _)| waiting(socket, local));
         fullest.map(|(_, socket, _)| Arc::clone(socket))
@@ -226,11 +227,47 @@ impl Driver {
         }
     }
 
+    /// A generation is to drain, and others get what is new: whether connections may wait in its own sockets, which it
+    /// accepts before it is told to stop. Nobody else could.
+    pub(super) fn empties_first(&mut self, id: GenerationId) -> bool {
+        let others_serve = self.machine.serving().is_some_and(|serving| serving != id);
+        let sockets = self.adopted.of(id).into_iter().filter_map(|socket| Retired::new(socket).ok());
+        let sockets: Vec<_> = sockets.filter(|_| others_serve).collect();
+        if sockets.is_empty() || self.running.get(&id).is_none_or(|running| running.end.is_some()) {
+            return false;
+        }
+        self.adopted.emptying.push((id, sockets));
+        self.tend_emptying();
+        true
+    }
+
+    /// Looks at the queues of generations that are to drain, and tells those that have none any more.
+    pub(super) fn tend_emptying(&mut self) {
+        let (running, mut told) = (&self.running, Vec::new());
+        self.adopted.emptying.retain_mut(|(id, sockets)| {
+            if running.get(id).is_none_or(|running| running.end.is_some()) {
+                return false;
+            }
+            sockets.retain_mut(|socket| socket.look().is_ok_and(|left| !left.is_nothing()));
+            if sockets.is_empty() {
+                told.push(*id);
+            }
+            !sockets.is_empty()
+        });
+        self.adopted.emptying_due = (!self.adopted.emptying.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
+        for id in told {
+            if self.is_draining(id) {
+                self.begin_drain(id);
+            }
+        }
+    }
+
     fn hold_again(&mut self, key: &Key, place: usize) -> Result<(), OneMoreError> {
         self.one_more(NOBODY, key, place)?;
         if let Some(group) = self.adopted.groups.get_mut(key) {
             group.steer_to(NOBODY)?;
         }
+        tracing::info!("listens on {key} again, for whoever comes next");
         Ok(())
     }
 }

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use zddsup::control::types::{GenerationPhase, Status, UpgradeResult};
 
 use crate::common::load::{Config, Load, Target};
+use crate::common::real::installed;
 use crate::common::{example, puppet, request, try_request, Setup, Supervisor, PATIENCE};
 use crate::stage::{clean, Stage};
 
@@ -186,7 +187,8 @@ fn a_listener_that_was_shut_down_is_replaced() {
     let address = stage.address();
     kill(Pid::from_raw(stage.serving().pid.unwrap()), Signal::SIGTERM).unwrap();
     stage.next("--version 2");
-    stage.wait_for_log("called shutdown(2) on its socket");
+    // Refused by that call, until it was noticed.
+    stage.wait_for_log("for whoever comes next");
     assert!(request(address, "/").contains("version=2 "));
     stage.wait_settled();
     stage.next("--version 3");
@@ -244,4 +246,46 @@ fn from_a_supervisor_that_shared_it_is_refused() {
     assert!(second.log().contains("go on with --switch shared"), "{}", second.log());
     assert!(request(address, "/").contains("version=1 "));
     drop(steered(&dir, &address.to_string(), "shared", "2").start());
+}
+
+/// Takes its time with each connection, and is gone at TERM, whatever waits.
+const SLOW: &str = "
+import socket, time
+listener = socket.socket(fileno=3)
+while True:
+    client, _ = listener.accept()
+    client.recv(4096)
+    client.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\nversion=VERSION ')
+    client.close()
+    time.sleep(0.2)
+";
+
+#[test]
+fn what_the_old_one_has_not_accepted_yet_it_accepts_before_it_is_told_to_stop() {
+    if !installed("python3", &["/usr/bin/python3", "--version"]) {
+        return;
+    }
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let script = dir.path().join("server.py");
+    let version = |version| std::fs::write(&script, SLOW.replace("VERSION", version)).unwrap();
+    version("1");
+    let path = script.display().to_string();
+    let args =
+        ["--listen", "127.0.0.1:0", "--switch", "steered", "--ready", "delay:300ms", "--", "/usr/bin/python3", &path];
+    let supervisor = Setup::within(Arc::clone(&dir), args).start();
+    let address = supervisor.address();
+    let mut clients: Vec<_> = (0..12).map(|_| TcpStream::connect(address).unwrap()).collect();
+    for client in &mut clients {
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    }
+    version("2");
+    supervisor.upgrade();
+    assert!(request(address, "/").contains("version=2 "));
+    for mut client in clients {
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("version=1 "), "{answer:?}\n{}", supervisor.log());
+    }
+    supervisor.wait_settled();
 }
