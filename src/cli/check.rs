@@ -19,6 +19,7 @@ use crate::listener::address::Address;
 use crate::listener::ListenerSpec;
 use crate::process::identity::Identity;
 use crate::process::program::Program;
+use crate::supervisor;
 
 /// What there is to say of one thing.
 #[derive(Debug)]
@@ -62,6 +63,10 @@ fn look(config: &ServiceConfig, here: &Path) -> Vec<Finding> {
     }
     for spec in &config.listeners {
         listener(&mut findings, spec, here);
+    }
+    match supervisor::run::tls(config) {
+        Ok(None) => {}
+        found => findings.add("TLS of the probe", found.map(|_| "what it trusts can be read".to_owned())),
     }
     control(&mut findings, config);
     if let Some(path) = &config.pid_file {
@@ -274,6 +279,7 @@ mod tests {
             (vec!["--env-file", "/nonexistent/env", "sh"], "environment", "/nonexistent/env"),
             (vec!["--user", "no-such-user", "sh"], "user", "no user"),
             (vec!["-l", "unix:///nonexistent/web.sock", "sh"], "listener listener", "no directory"),
+            (vec!["--ready", "https://[::1]/", "--ready-ca", "/nonexistent", "sh"], "TLS of the probe", "/nonexistent"),
         ] {
             let found = problems(&args);
             let named = found.iter().any(|line| line.starts_with(what) && line.contains(words));

@@ -13,7 +13,7 @@ use super::canary::CanaryFlags;
 use super::help;
 use super::ready::Ready;
 use super::values::{self, Rate, Span, UpTo};
-use super::{Drain, EnvFile, Handoff, LogFormat};
+use super::{Drain, EnvFile, Handoff, LogFormat, Switch};
 use crate::core::{Policy, RestartWhen};
 use crate::listener::ListenFlag;
 use crate::process::limits::Limit;
@@ -37,6 +37,12 @@ pub struct RunFlags {
     /// {fd:NAME} in the command or in --env becomes the listener's fd number, unless this is socket.
     #[arg(long, value_enum, default_value_t = Handoff::Auto, help_heading = SOCKETS)]
     pub handoff: Handoff,
+
+    /// Which sockets generations have, and so how new connections go from one to the next
+    ///
+    /// Unix and UDP sockets are always shared.
+    #[arg(long, value_enum, default_value_t = Switch::Auto, help_heading = SOCKETS)]
+    pub switch: Switch,
 
     /// Also set the environment of another supervisor
     #[arg(long, value_enum, value_name = "SUPERVISOR", value_delimiter = ',', help_heading = SOCKETS)]
@@ -90,7 +96,7 @@ pub struct RunFlags {
 
     /// How a generation that was switched away from learns that it is to end
     ///
-    /// observe needs a new generation that gets all new connections, as with --handoff adopt.
+    /// observe needs a new generation that gets all new connections: --handoff adopt, or --switch steered.
     #[arg(long, value_enum, default_value_t = Drain::Auto, help_heading = STOPPING)]
     pub drain: Drain,
 
@@ -313,6 +319,8 @@ pub(super) mod tests {
             "http=:8080?backlog=9",
             "--handoff",
             "fds",
+            "--switch",
+            "steered",
             "--compat",
             "start_server,einhorn",
             "--ready",
@@ -382,6 +390,7 @@ pub(super) mod tests {
         assert_eq!((config.restart, config.max_draining), (RestartWhen::OnFailure, 7));
         assert_eq!(config.umask, Some(Mode::from_bits_truncate(0o027)));
         assert_eq!(config.env_files, [EnvFile { path: "/x".into(), optional: true }]);
+        assert!(config.listeners[0].steered);
         assert_eq!(config.watchdog, Some(Duration::from_secs(2)));
         assert_eq!((config.name.as_str(), config.log_level.as_str()), ("web", "warn"));
     }

@@ -5,7 +5,8 @@ pub(super) const LISTEN: &str = "\
 Listen here; repeatable
 
 The socket stays open in zddsup as long as that lives, and every generation gets it. Without any --listen, the sockets \
-that systemd passed are used; with some, those of the same name or address are.
+that systemd passed are used; with some, those of the same name or address are. With --handoff adopt, it is what the \
+program binds at that very address.
 
 ADDRESS is one of
   8080, :8080               every address, IPv4 and IPv6

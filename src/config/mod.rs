@@ -48,6 +48,8 @@ pub struct ServiceConfig {
     pub listeners: Vec<ListenerSpec>,
     /// How generations get their listeners.
     pub handoff: Handoff,
+    /// Which sockets generations have.
+    pub switch: Switch,
     /// Environment of other supervisors that is set as well.
     pub compat: Compat,
     /// What shows that a generation can serve.
@@ -131,6 +133,22 @@ pub enum Handoff {
     Adopt,
 }
 
+/// Which sockets generations have, and how new connections go from one to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// As suits the handoff.
+    #[value(help = "steered with --handoff adopt, else shared")]
+    Auto,
+    /// All the same ones.
+    #[value(help = "All generations have the same sockets: the old one must stop accepting when it is told to")]
+    Shared,
+    /// Each its own.
+    #[value(
+        help = "Each has its own TCP sockets, and the kernel steers: who is not ready, or is old, gets nothing new"
+    )]
+    Steered,
+}
+
 /// How a drain is begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Drain {
@@ -173,6 +191,16 @@ pub enum LogFormat {
 }
 
 impl ServiceConfig {
+    /// Whether each generation has a socket of its own at the TCP addresses of `--listen`.
+    #[must_use]
+    pub fn steers(&self) -> bool {
+        match self.switch {
+            Switch::Auto => self.handoff == Handoff::Adopt,
+            Switch::Shared => false,
+            Switch::Steered => true,
+        }
+    }
+
     /// What the core goes by.
     #[must_use]
     pub fn policy(&self, jitter_seed: u64) -> Policy {

@@ -8,9 +8,9 @@ use super::canary::CanaryError;
 use super::flags::{CompatWith, RunFlags};
 use super::ready::{Probe, Ready, Scheme};
 use super::values::Span;
-use super::{start_directory, Compat, Drain, EnvFile, Handoff, ServiceConfig, NAME_MOST};
+use super::{start_directory, Compat, Drain, EnvFile, Handoff, ServiceConfig, Switch, NAME_MOST};
 use crate::listener::address::Address;
-use crate::listener::{ListenFlag, Listener};
+use crate::listener::{ListenFlag, Listener, ListenerSpec};
 use crate::proto::placeholder::{self, PlaceholderError};
 
 /// Bytes of a path that a socket can be bound to.
@@ -33,24 +33,60 @@ pub enum ConfigError {
         /// What is wrong.
         source: PlaceholderError,
     },
-    /// Two owners of one address.
-    #[error("--handoff adopt is for programs that bind for themselves: leave --listen away")]
-    AdoptsAndListens,
+    /// A socket that cannot be put in the place of a program's own.
+    #[error(
+        "--handoff adopt puts TCP listeners in the place of a program's own, and {listener} ({address}) is none: leave \
+         it away"
+    )]
+    AdoptsOther {
+        /// Which.
+        listener: String,
+        /// Where it is.
+        address: String,
+    },
+    /// A program's own sockets cannot be shared.
+    #[error(
+        "a program that binds for itself has its own sockets, and --switch shared shares zddsup's: leave one of the two \
+         away, or --listen and use --handoff fds or socket"
+    )]
+    AdoptsAndShares,
+    /// There is one socket of it.
+    #[error("--switch steered: listener {listener} ({address}) {why}")]
+    CannotSteer {
+        /// Which.
+        listener: String,
+        /// Where it is.
+        address: String,
+        /// Why not, and what to do.
+        why: &'static str,
+    },
     /// Nothing to look at.
     #[error(
         "{0} looks at the sockets that a program makes itself, which takes --handoff adopt, or auto without --listen"
     )]
     NothingAdopted(&'static str),
-    /// Nobody would look.
+    /// A canary has no socket of its own.
     #[error(
-        "--drain-idle is about connections that are watched, and --drain signal watches none: use --drain observe"
+        "--canary shares out new connections, for which each generation needs sockets of its own: use --switch steered, or \
+         let the program bind for itself (--handoff adopt)"
     )]
+    NothingToShareOut,
+    /// Nobody would look.
+    #[error("--drain-idle is about connections that are watched until they are gone: it takes --drain observe")]
     NotObserved,
     /// Canary options that do not go together.
     #[error(transparent)]
     Canary(#[from] CanaryError),
+    /// It would never be left alone.
+    #[error(
+        "--drain observe waits until the old generation has no connections, while it would still get new ones of {0}, \
+         which is shared: use --switch steered with TCP listeners alone, or --drain signal"
+    )]
+    GetsNewOnes(String),
     /// No fds are passed by number.
-    #[error("{what} needs listeners at fd numbers, which --handoff socket does not give; use --handoff auto or fds")]
+    #[error(
+        "{what} needs listeners at fd numbers, which --handoff socket and adopt do not give; use --handoff auto or fds"
+    )]
     NoNumbers {
         /// Who needs them.
         what: String,
@@ -58,7 +94,8 @@ pub enum ConfigError {
     /// A probe that the old generation may answer.
     #[error(
         "--ready {probe} asks at listener {listener} ({address}), which all generations share: the old one may answer \
-         for the new one; probe an address of the new process's own, or use --ready notify or exec:…"
+         for the new one; use --switch steered, probe an address of the new process's own, or use --ready notify or \
+         exec:…"
     )]
     ProbesListener {
         /// What was asked for.
@@ -100,10 +137,11 @@ impl RunFlags {
             return Err(ConfigError::ControlTooLong(path.to_owned()));
         }
         let here = start_directory();
-        let config = ServiceConfig {
+        let mut config = ServiceConfig {
             name,
             listeners: ListenFlag::name_all(self.listen),
             handoff: self.handoff,
+            switch: self.switch,
             compat: Compat {
                 start_server: self.compat.contains(&CompatWith::StartServer),
                 einhorn: self.compat.contains(&CompatWith::Einhorn),
@@ -142,6 +180,8 @@ impl RunFlags {
             command: self.command,
         };
         config.check()?;
+        let steers = config.steers();
+        config.listeners.iter_mut().for_each(|listener| listener.steered = steers && listener.address.is_tcp());
         Ok(config)
     }
 }
@@ -154,26 +194,46 @@ impl ServiceConfig {
         {
             return Err(ConfigError::SameName(name.clone()));
         }
-        if self.handoff == Handoff::Adopt && !self.listeners.is_empty() {
-            return Err(ConfigError::AdoptsAndListens);
+        let in_words = |listener: &ListenerSpec| (listener.name.clone(), listener.address.to_string());
+        if self.handoff == Handoff::Adopt {
+            if self.switch == Switch::Shared {
+                return Err(ConfigError::AdoptsAndShares);
+            }
+            if let Some(other) = self.listeners.iter().find(|listener| !listener.address.is_tcp()) {
+                let (listener, address) = in_words(other);
+                return Err(ConfigError::AdoptsOther { listener, address });
+            }
+        }
+        if self.switch == Switch::Steered {
+            let is_unix = |listener: &&ListenerSpec| matches!(listener.address, Address::Unix { .. });
+            if let Some(unix) = self.listeners.iter().find(is_unix) {
+                let ((listener, address), why) =
+                    (in_words(unix), "is a Unix socket, of which Linux has one: use --switch shared");
+                return Err(ConfigError::CannotSteer { listener, address, why });
+            }
         }
         let adopts = self.handoff == Handoff::Adopt || self.handoff == Handoff::Auto && self.listeners.is_empty();
         if !adopts && self.ready == Ready::Listen {
             return Err(ConfigError::NothingAdopted("--ready listen"));
         }
-        if !adopts && self.canary.is_some() {
-            return Err(ConfigError::NothingAdopted("--canary"));
+        if !adopts && !self.steers() && self.canary.is_some() {
+            return Err(ConfigError::NothingToShareOut);
         }
         if !adopts && self.drain == Drain::Observe {
-            return Err(ConfigError::NothingAdopted("--drain observe"));
+            let shared = self.listeners.iter().find(|listener| !self.steers() || !listener.address.is_tcp());
+            if let Some(shared) = shared {
+                return Err(ConfigError::GetsNewOnes(shared.address.to_string()));
+            }
         }
-        if self.drain_idle.is_some() && !adopts {
-            return Err(ConfigError::NothingAdopted("--drain-idle"));
-        }
-        if self.drain_idle.is_some() && self.drain == Drain::Signal {
+        let observes = match self.drain {
+            Drain::Auto => adopts,
+            Drain::Observe => true,
+            Drain::Signal => false,
+        };
+        if self.drain_idle.is_some() && !observes {
             return Err(ConfigError::NotObserved);
         }
-        if self.handoff == Handoff::Socket {
+        if self.handoff == Handoff::Socket || self.handoff == Handoff::Adopt && !self.listeners.is_empty() {
             self.check_without_numbers()?;
         }
         let url = match &self.ready {
@@ -200,6 +260,26 @@ impl ServiceConfig {
 
     /// What can be checked only with every listener at hand: for sockets that systemd passed, after they were taken.
     pub fn check_listeners(&self, listeners: &[Listener]) -> Result<(), ConfigError> {
+        let cannot = |listener: &Listener, why| {
+            let (listener, address) = (listener.name().to_owned(), listener.address());
+            Err(ConfigError::CannotSteer { listener, address, why })
+        };
+        for listener in listeners {
+            if listener.is_passed() && (listener.is_steered() || self.switch == Switch::Steered) {
+                return cannot(
+                    listener,
+                    "was passed by systemd, and stays its own: use --switch shared, or --listen alone",
+                );
+            }
+            if listener.is_steered() && !listener.is_shareable() {
+                let why = "was made by the supervisor before to be shared: go on with --switch shared, or run \
+                           `zddsup stop` first";
+                return cannot(listener, why);
+            }
+        }
+        if self.switch == Switch::Shared && self.handoff == Handoff::Auto && listeners.is_empty() {
+            return Err(ConfigError::AdoptsAndShares);
+        }
         self.check_against(listeners.iter().map(|listener| (listener.name(), listener.bound())))
     }
 
@@ -214,6 +294,10 @@ impl ServiceConfig {
             }
         }
         let Ready::Probe(probe) = &self.ready else { return Ok(()) };
+        if self.steers() && !self.listeners.is_empty() {
+            // It is steered to the new one alone.
+            return Ok(());
+        }
         let Some(asked) = probe.address() else { return Ok(()) };
         for (name, address) in listeners {
             if address.may_answer(asked.ip(), asked.port()) {
@@ -330,6 +414,31 @@ mod tests {
         let port = listener.local().unwrap().port();
         let config = config(&["--ready", &format!("tcp:{port}"), "true"]);
         assert!(matches!(config.check_listeners(&[listener]), Err(ConfigError::ProbesListener { .. })));
+    }
+
+    #[test]
+    fn what_cannot_be_steered_is_refused() {
+        for (args, part) in [
+            (["-l", "/run/s", "--switch", "steered", "true"].as_slice(), "is a Unix socket"),
+            (&["--handoff", "adopt", "--switch", "shared", "true"], "leave one of the two away"),
+            (&["-l", "udp://:8", "--handoff", "adopt", "true"], "leave it away"),
+            (&["-l", ":8", "--handoff", "adopt", "x", "{fd:listener}"], "--handoff auto or fds"),
+            (&["-l", ":8", "--drain", "observe", "true"], "--switch steered"),
+            (&["-l", ":8", "-l", "udp://:8", "--switch", "steered", "--drain", "observe", "x"], "udp://:8"),
+            (&["--ready", "http://127.0.0.1:8/", "--ready-ca", "x", "true"], "https://"),
+            (&["--ready-host", "x", "true"], "http://"),
+        ] {
+            assert!(refused(args).contains(part), "{args:?}: {}", refused(args));
+        }
+        // systemd may pass something, or nothing.
+        let shared = config(&["--switch", "shared", "true"]);
+        assert_eq!(shared.check_listeners(&[]), Err(ConfigError::AdoptsAndShares));
+        let listener = Listener::bind(&"web=127.0.0.1:0".parse().unwrap()).unwrap();
+        let passed = Listener::inherited(listener.fd().try_clone().unwrap(), "web").unwrap();
+        let steered = config(&["--switch", "steered", "true"]);
+        assert!(matches!(steered.check_listeners(&[passed]), Err(ConfigError::CannotSteer { .. })));
+        config(&["-l", ":8", "--handoff", "adopt", "true"]);
+        config(&["-l", ":8", "--ready", "tcp:8", "--switch", "steered", "--drain", "observe", "true"]);
     }
 
     #[test]

@@ -147,6 +147,18 @@ impl Address {
         }
     }
 
+    /// Whether it is one of IPv6.
+    #[must_use]
+    pub fn is_v6(&self) -> bool {
+        matches!(self, Address::Inet { host: Host::Any | Host::V6 { .. }, .. })
+    }
+
+    /// Whether it is of TCP.
+    #[must_use]
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Address::Inet { transport: Transport::Tcp, .. })
+    }
+
     /// Whether the kernel chooses the port.
     #[must_use]
     pub fn has_any_port(&self) -> bool {

@@ -91,6 +91,10 @@ fn inet(spec: &ListenerSpec, transport: Transport, host: &Host, port: u16) -> Re
         Errno::ENODEV => Why::NoDevice(host.to_string()),
         _ => Why::System { step: "binding", source: error },
     })?;
+    if spec.steered {
+        // Only now: whoever has the address already, with this option too, is to be found out.
+        socket.set_reuse_port(true).map_err(Why::at("setting SO_REUSEPORT"))?;
+    }
     if transport == Transport::Tcp {
         // Two sockets with SO_REUSEADDR may bind one address, but only one may listen.
         socket.listen(backlog(spec)).map_err(|error| match errno(&error) {
@@ -99,6 +103,18 @@ fn inet(spec: &ListenerSpec, transport: Transport, host: &Host, port: u16) -> Re
         })?;
     }
     Ok(socket.into())
+}
+
+/// Gives a socket the options that were asked for, and binds it beside those that have the address already.
+pub(super) fn beside(socket: &Socket, address: SocketAddr, v6only: bool, spec: &ListenerSpec) -> Result<(), Why> {
+    if address.is_ipv6() {
+        socket.set_only_v6(v6only).map_err(|source| Why::Option { option: "v6only", source })?;
+    }
+    socket.set_reuse_address(true).map_err(Why::at("setting SO_REUSEADDR"))?;
+    before_bind(socket, address.is_ipv6(), &spec.options)?;
+    at_any_time(socket, address.is_ipv6(), &spec.options)?;
+    socket.set_reuse_port(true).map_err(Why::at("setting SO_REUSEPORT"))?;
+    socket.bind(&address.into()).map_err(Why::at("binding another socket beside those that are there"))
 }
 
 pub(super) fn backlog(spec: &ListenerSpec) -> i32 {

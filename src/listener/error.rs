@@ -15,6 +15,19 @@ pub struct BindError {
     pub why: Why,
 }
 
+impl BindError {
+    /// The kernel's error, where it was one that has no words of its own here.
+    #[must_use]
+    pub fn errno(&self) -> Option<nix::errno::Errno> {
+        match &self.why {
+            Why::System { source, .. } | Why::Option { source, .. } => {
+                source.raw_os_error().map(nix::errno::Errno::from_raw)
+            }
+            _ => None,
+        }
+    }
+}
+
 /// What is in the way of a listener.
 #[derive(Debug, thiserror::Error)]
 pub enum Why {

@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::stat::fstat;
+use nix::unistd::{fchown, geteuid};
 use socket2::{SockRef, Socket};
 
 pub use self::bind::DEFAULT_BACKLOG;
@@ -91,7 +92,8 @@ impl Listener {
             BindError { listener: name.to_owned(), address: "a socket that was passed".to_owned(), why }
         };
         let address = address.map_err(nowhere)?;
-        Listener::passed(fd, ListenerSpec { name: name.to_owned(), address, options: options::Options::default() })
+        let options = options::Options::default();
+        Listener::passed(fd, ListenerSpec { name: name.to_owned(), address, options, steered: false })
     }
 
     /// The same for what was asked for. Options that have to be set before bind(2) are up to whoever bound it.
@@ -152,7 +154,88 @@ impl Listener {
     /// Its IP address, if it has one.
     #[must_use]
     pub fn local(&self) -> Option<SocketAddr> {
-        SockRef::from(&*self.fd()).local_addr().ok()?.as_socket()
+        match &self.bound {
+            Address::Inet { host, port, .. } => bind::socket_address(host, *port).ok(),
+            Address::Unix { .. } => None,
+        }
+    }
+
+    /// Whether each generation has a socket of its own there, and this one is the first of them.
+    #[must_use]
+    pub fn is_steered(&self) -> bool {
+        self.spec.steered
+    }
+
+    /// Whether it is somebody else's, above us.
+    #[must_use]
+    pub fn is_passed(&self) -> bool {
+        self.origin == Origin::Passed
+    }
+
+    /// Whether others can be bound beside it.
+    #[must_use]
+    pub fn is_shareable(&self) -> bool {
+        SockRef::from(&*self.fd()).reuse_port().unwrap_or(false)
+    }
+
+    /// Another socket at the same address, with the same options. It does not listen yet.
+    pub fn another(&self) -> Result<OwnedFd, BindError> {
+        let socket = match self.local() {
+            Some(address) => Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let socket = socket.map_err(|source| error(&self.spec, Why::System { step: "opening a socket", source }))?;
+        self.bind_beside(&socket)?;
+        Ok(socket.into())
+    }
+
+    /// Binds a service's own socket here, in its place: with our rights, and with the options that were asked for.
+    pub fn bind_for(&self, own: OwnedFd) -> Result<(), BindError> {
+        let failed = |source: io::Error| error(&self.spec, Why::System { step: "taking its socket for ours", source });
+        // The kernel lets nobody else's socket beside ours: it is to be our user's.
+        let us = geteuid();
+        let found = fstat(&own).map_err(|errno| failed(errno.into()))?;
+        if found.st_uid != us.as_raw() {
+            fchown(&own, Some(us), None).map_err(|errno| failed(errno.into()))?;
+        }
+        self.bind_beside(&Socket::from(own))
+    }
+
+    fn bind_beside(&self, socket: &Socket) -> Result<(), BindError> {
+        let v6only = self.bound.is_v6() && SockRef::from(&*self.fd()).only_v6().unwrap_or(false);
+        let address = self.local().ok_or_else(|| error(&self.spec, Why::NotHere))?;
+        bind::beside(socket, address, v6only, &self.spec).map_err(|why| error(&self.spec, why))
+    }
+
+    /// Lets one of its sockets listen, or again with the queue that was asked for.
+    pub fn listen(&self, socket: &OwnedFd) -> io::Result<()> {
+        SockRef::from(socket).listen(self.backlog())
+    }
+
+    /// How many connections may wait.
+    #[must_use]
+    pub fn backlog(&self) -> i32 {
+        bind::backlog(&self.spec)
+    }
+
+    /// Gives a socket of a generation that is gone the status flags of a new one.
+    pub fn renew_flags(&self, socket: &OwnedFd) {
+        let flags = if self.spec.options.nonblock { OFlag::O_NONBLOCK } else { OFlag::empty() };
+        let _cannot_fail_on_an_open_fd = fcntl(socket, FcntlArg::F_SETFL(flags));
+    }
+
+    /// Whether a service's bind(2) to this address is meant to be this one: the very same, or any port where any was asked
+    /// for here.
+    #[must_use]
+    pub fn is_meant_by(&self, own: &OwnedFd, address: SocketAddr) -> bool {
+        let socket = SockRef::from(own);
+        let Some(mut here) = self.local() else { return false };
+        if address.port() == 0 && self.spec.address.has_any_port() {
+            here.set_port(0);
+        }
+        let any_v6 = address.is_ipv6() && address.ip().is_unspecified();
+        let same_versions = || socket.only_v6().ok() == SockRef::from(&*self.fd()).only_v6().ok();
+        (here.ip(), here.port()) == (address.ip(), address.port()) && (!any_v6 || same_versions())
     }
 
     /// What generations are given.

@@ -29,6 +29,8 @@ pub struct ListenerSpec {
     pub address: Address,
     /// How.
     pub options: Options,
+    /// Whether each generation has a socket of its own there.
+    pub steered: bool,
 }
 
 /// Why a text is no listener.
@@ -84,7 +86,7 @@ impl ListenFlag {
         let named = |(place, flag): (usize, ListenFlag)| {
             let name =
                 flag.name.unwrap_or_else(|| if alone { "listener".to_owned() } else { format!("listener{place}") });
-            ListenerSpec { name, address: flag.address, options: flag.options }
+            ListenerSpec { name, address: flag.address, options: flag.options, steered: false }
         };
         flags.into_iter().enumerate().map(named).collect()
     }
@@ -95,7 +97,7 @@ impl FromStr for ListenerSpec {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let ListenFlag { name, address, options } = text.parse()?;
-        Ok(ListenerSpec { name: name.unwrap_or_else(|| "listener".to_owned()), address, options })
+        Ok(ListenerSpec { name: name.unwrap_or_else(|| "listener".to_owned()), address, options, steered: false })
     }
 }
 

@@ -20,6 +20,7 @@ use socket2::{SockRef, Type};
 
 use super::driver::{Driver, Input};
 use super::ports::Ports;
+use super::steered::NOBODY;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
 use crate::drain::connections::{has_socket, Places};
@@ -35,18 +36,24 @@ const QUIET: Duration = Duration::from_millis(250);
 /// One that does not listen where the one before does is waited for so long; then that address is given up.
 pub(super) const GIVEN_UP: Duration = Duration::from_secs(5);
 /// How often the queue of a socket that has been left is looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// All sockets that are steered.
 #[derive(Debug, Default)]
 pub struct Adopted {
     pub(super) groups: BTreeMap<Key, Group>,
     /// Of generations that are gone, until their queues are empty.
-    left: Vec<(Key, Retired)>,
+    pub(super) left: Vec<(Key, Retired)>,
     ports: Ports,
     /// From where a canary gets everything.
     pub(super) diverted: Vec<Origin>,
     pub(super) due: Option<Instant>,
+    /// Generations that are told to drain once they have accepted what waits in their own sockets.
+    pub(super) emptying: Vec<(GenerationId, Vec<Retired>)>,
+    /// When to look at those.
+    pub(super) emptying_due: Option<Instant>,
+    /// Where zddsup was told to listen, with the place in the list of listeners.
+    pub(super) declared: BTreeMap<Key, usize>,
 }
 
 /// What becomes of a call.
@@ -62,7 +69,7 @@ pub(super) enum Verdict {
 impl Adopted {
     /// When to look at queues again.
     pub fn due(&self) -> Option<Instant> {
-        self.due
+        self.due.into_iter().chain(self.emptying_due).min()
     }
 
     /// Where generations listen, for the status and for counting.
@@ -71,8 +78,8 @@ impl Adopted {
     }
 
     /// Every socket with its owner, each address in the kernel's order.
-    pub fn sockets(&self) -> impl Iterator<Item = (GenerationId, &Arc<OwnedFd>)> {
-        self.groups.values().flat_map(Group::members).map(|(owner, socket, _)| (owner, socket))
+    pub fn sockets(&self) -> impl Iterator<Item = (&Key, GenerationId, &Arc<OwnedFd>)> {
+        self.groups.iter().flat_map(|(key, group)| group.members().map(move |(owner, socket, _)| (key, owner, socket)))
     }
 
     /// Takes a socket as it is found, in the kernel's order.
@@ -85,11 +92,11 @@ impl Adopted {
         }
     }
 
-    fn of(&self, generation: GenerationId) -> Vec<Arc<OwnedFd>> {
-        self.sockets().filter(|(owner, _)| *owner == generation).map(|(_, socket)| Arc::clone(socket)).collect()
+    pub(super) fn of(&self, generation: GenerationId) -> Vec<Arc<OwnedFd>> {
+        self.sockets().filter(|(_, owner, _)| *owner == generation).map(|(_, _, socket)| Arc::clone(socket)).collect()
     }
 
-    fn addresses(&self, generation: GenerationId) -> Vec<Key> {
+    pub(super) fn addresses(&self, generation: GenerationId) -> Vec<Key> {
         let has = |group: &Group| group.members().any(|(owner, _, _)| owner == generation);
         self.groups.iter().filter(|(_, group)| has(group)).map(|(key, _)| key.clone()).collect()
     }
@@ -162,7 +169,7 @@ impl Driver {
                 Address::Inet(address) => self.binds(id, &caller, fd, address),
                 Address::Unix(_) | Address::Other => Ok(Verdict::GoesOn),
             },
-            Call::Listen { fd, backlog } => Ok(self.listens(id, caller.copy(fd)?, backlog)),
+            Call::Listen { fd, backlog } => self.listens(id, &caller, fd, backlog),
         }
     }
 
@@ -184,12 +191,18 @@ impl Driver {
         }
         let (asked, before) = (address, self.port_of_before(id, address));
         let address = before.unwrap_or(asked);
-        if let Some(held) = self.left_behind(Protocol::Tcp, address) {
+        let place = self.listeners.iter().position(|at| at.is_steered() && at.is_meant_by(&own, asked));
+        let local = place.and_then(|place| self.listeners[place].local()).unwrap_or(address);
+        if let Some(held) = self.waiting_at(id, local) {
             if before.is_some() {
                 self.adopted.ports.bound(id, &held);
             }
-            return self.replaces(id, caller, (fd, &own), held, address);
+            return self.replaced(id, caller, (fd, &own), held);
         }
+        if let Some(place) = place {
+            return Ok(Verdict::Done(self.bind_as_declared(id, place, own)));
+        }
+        self.warn_of_another(id, address);
         if let Err(error) = socket.set_reuse_port(true) {
             tracing::warn!(generation = %id, "its socket for {address} cannot be shared with a later one: {error}");
         }
@@ -201,21 +214,21 @@ impl Driver {
         Ok(Verdict::GoesOn)
     }
 
-    /// The socket of a dead generation takes the place of this one's own.
-    pub(super) fn replaces(
+    /// A socket with what waits in its queue takes the place of the service's own.
+    pub(super) fn replaced(
         &mut self,
         id: GenerationId,
         caller: &Caller<'_>,
         (fd, own): (RawFd, &OwnedFd),
         held: Arc<OwnedFd>,
-        address: SocketAddr,
     ) -> Result<Verdict, LookError> {
         // Status flags are the socket's, close-on-exec is the number's.
         let flags = fcntl(own, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
+        let close_on_exec = caller.closes_on_exec(fd)?;
         let _cannot_fail_on_an_open_fd = fcntl(&*held, FcntlArg::F_SETFL(flags));
         self.hand_over(&held, id);
-        tracing::info!(generation = %id, "gets the socket of {address} that is left, with what waits in its queue");
-        Ok(Verdict::Replaced { by: held, close_on_exec: caller.closes_on_exec(fd)? })
+        tracing::info!(generation = %id, "gets the socket that is left, with what waits in its queue");
+        Ok(Verdict::Replaced { by: held, close_on_exec })
     }
 
     /// The socket of a dead generation at this address, where nobody serves.
@@ -233,7 +246,7 @@ impl Driver {
         sockets.next().map(|(_, socket, _)| Arc::clone(socket))
     }
 
-    fn hand_over(&mut self, socket: &Arc<OwnedFd>, to: GenerationId) {
+    pub(super) fn hand_over(&mut self, socket: &Arc<OwnedFd>, to: GenerationId) {
         self.adopted.left.retain(|(_, retired)| !Arc::ptr_eq(retired.socket(), socket));
         for group in self.adopted.groups.values_mut() {
             if let Err(error) = group.hand_over(socket, to) {
@@ -252,32 +265,51 @@ impl Driver {
         self.adopted.ports.of_before(id, asked, is_open)
     }
 
-    fn listens(&mut self, id: GenerationId, socket: OwnedFd, backlog: i32) -> Verdict {
-        let Ok(Some(key)) = Key::of(&socket) else { return Verdict::GoesOn };
+    fn listens(
+        &mut self,
+        id: GenerationId,
+        caller: &Caller<'_>,
+        fd: RawFd,
+        backlog: i32,
+    ) -> Result<Verdict, LookError> {
+        let socket = caller.copy(fd)?;
+        let Ok(Some(key)) = Key::of(&socket) else { return Ok(Verdict::GoesOn) };
         if key.protocol() != Protocol::Tcp {
-            return Verdict::GoesOn;
+            return Ok(Verdict::GoesOn);
         }
+        // It came to wait between bind(2) and this.
+        if let Some(held) = self.waiting_at(id, key.local()) {
+            self.has_listened(id);
+            return self.replaced(id, caller, (fd, &socket), held);
+        }
+        let backlog = self.adopted.declared.get(&key).map_or(backlog, |place| self.listeners[*place].backlog());
         let group = self.adopted.groups.entry(key.clone()).or_insert_with(|| Group::new(key.clone()));
         let others = group.members().any(|(owner, _, _)| owner != id);
         if others {
             // Without this it would get connections before it is ready: better that it fails.
             if let Err(error) = group.pin() {
                 tracing::error!(generation = %id, "its listen(2) is refused: {error}");
-                return Verdict::Done(Err(Errno::EADDRINUSE));
+                return Ok(Verdict::Done(Err(Errno::EADDRINUSE)));
             }
         }
         // Done here, so that the order in the kernel is known.
         if let Err(error) = SockRef::from(&socket).listen(backlog) {
             let errno = error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw);
             tracing::warn!(generation = %id, "cannot listen on {key}: {errno}");
-            return Verdict::Done(Err(errno));
+            return Ok(Verdict::Done(Err(errno)));
         }
         tracing::info!(generation = %id, "listens on {key}");
-        if let Err(error) = group.join(id, &Arc::new(socket)) {
+        let socket = Arc::new(socket);
+        if let Err(error) = group.join(id, &socket) {
             tracing::error!(generation = %id, "{error}");
         }
         self.has_listened(id);
-        Verdict::Done(Ok(()))
+        if others && self.machine.serving().is_none() {
+            if let Some(held) = self.take_what_comes(id, &key, &socket) {
+                return self.replaced(id, caller, (fd, &socket), held);
+            }
+        }
+        Ok(Verdict::Done(Ok(())))
     }
 
     pub(super) fn has_listened(&mut self, id: GenerationId) {
@@ -308,7 +340,15 @@ impl Driver {
         let own = self.adopted.addresses(id);
         let missing: Vec<_> = self.expected().into_iter().filter(|key| !own.contains(key)).collect();
         for key in &missing {
-            let why = format!("does not listen on {key} yet, where the generation before does");
+            let why = match self.adopted.declared.get(key) {
+                Some(place) => {
+                    format!(
+                        "does not listen on {key} yet, as --listen asks (listener {})",
+                        self.listeners[*place].name()
+                    )
+                }
+                None => format!("does not listen on {key} yet, where the generation before does"),
+            };
             if given_up {
                 tracing::warn!(generation = %id, "{why}: not waited for any longer");
             } else if let Some(running) = self.running.get_mut(&id) {
@@ -324,7 +364,13 @@ impl Driver {
 
     /// Where a candidate has to listen.
     pub(super) fn expected(&self) -> Vec<Key> {
-        self.machine.serving().map(|serving| self.adopted.addresses(serving)).unwrap_or_default()
+        if !self.adopts() {
+            return Vec::new();
+        }
+        match self.machine.serving() {
+            Some(serving) => self.adopted.addresses(serving),
+            None => self.adopted.declared.keys().cloned().collect(),
+        }
     }
 
     /// New connections go to this generation from now on, wherever it listens.
@@ -336,7 +382,15 @@ impl Driver {
                     tracing::error!(generation = %to, "{error}");
                 }
             } else if from.is_some_and(|from| !group.of(from).is_empty()) {
-                tracing::warn!(generation = %to, "does not listen on {} any more: closed once nobody is left there", group.key());
+                let key = group.key();
+                let what_then = if self.adopted.declared.contains_key(key) {
+                    "what comes there goes to the old one, and waits once that is gone"
+                } else {
+                    "closed once nobody is left there"
+                };
+                tracing::warn!(generation = %to, "does not listen on {key} any more: {what_then}");
+            } else if self.adopted.declared.contains_key(group.key()) {
+                tracing::warn!(generation = %to, "does not listen on {}, which --listen asks for: what comes there waits", group.key());
             }
         }
         let running = &self.running;
@@ -362,7 +416,7 @@ impl Driver {
         self.adopted.due = None;
         let Some(serving) = self.machine.serving() else { return };
         let running = &self.running;
-        let Adopted { groups, left, due, .. } = &mut self.adopted;
+        let Adopted { groups, left, due, declared, .. } = &mut self.adopted;
         let mut closing = Vec::new();
         left.retain_mut(|(key, retired)| {
             let Some(group) = groups.get_mut(key) else { return false };
@@ -385,6 +439,9 @@ impl Driver {
             }
             if others {
                 return !left_group(group.leave(retired.socket()));
+            }
+            if !in_use && declared.contains_key(key) {
+                return group.hand_over(retired.socket(), NOBODY).is_err();
             }
             if !in_use {
                 tracing::info!("nobody listens on {key} any more: closed");

@@ -67,8 +67,8 @@ impl Driver {
                 reason: "all generations share one socket, and a canary needs one for each: new connections cannot be \
                          shared out"
                     .to_owned(),
-                remedy: "let the program bind for itself (`zddsup run --handoff adopt`, without --listen), or upgrade \
-                         without a canary (`zddsup upgrade --no-canary`)"
+                remedy: "start it with `zddsup run --switch steered`, or let the program bind for itself (`--handoff \
+                         adopt`), or upgrade without a canary (`zddsup upgrade --no-canary`)"
                     .to_owned(),
             });
         }
@@ -88,7 +88,7 @@ impl Driver {
 
     /// Whether each generation has sockets of its own, and the kernel steers new connections among them.
     pub(super) fn is_steered(&self) -> bool {
-        self.adopts() && !self.cannot_trap
+        self.steers_all()
     }
 
     /// A number for it: the same for the same. Those that nobody needs are forgotten.

@@ -48,8 +48,9 @@ impl Driver {
     /// Its one process that lost its parent and listens; before it is ready, the one that lost its parent.
     fn lives_on(&self, id: GenerationId) -> Option<i32> {
         let running = self.running.get(&id)?;
-        let sockets = self.adopted.sockets().filter(|(owner, _)| *owner == id);
-        let inodes: Vec<_> = sockets.filter_map(|(_, socket)| u32::try_from(fstat(socket).ok()?.st_ino).ok()).collect();
+        let sockets = self.adopted.sockets().filter(|(_, owner, _)| *owner == id);
+        let inodes: Vec<_> =
+            sockets.filter_map(|(_, _, socket)| u32::try_from(fstat(socket).ok()?.st_ino).ok()).collect();
         let pids = running.group.as_ref()?.pids().ok()?;
         // zddsup is the subreaper.
         let orphans: Vec<_> = pids.into_iter().filter(|&pid| parent(pid) == Some(getpid().as_raw())).collect();

@@ -41,7 +41,7 @@ impl Driver {
             return Ok(Verdict::GoesOn);
         }
         if let Some(held) = self.left_behind(Protocol::Udp, address) {
-            let verdict = self.replaces(id, caller, (fd, &own), held, address)?;
+            let verdict = self.replaced(id, caller, (fd, &own), held)?;
             self.has_listened(id);
             return Ok(verdict);
         }

@@ -199,6 +199,7 @@ impl Driver {
         if self.adopted.due().is_some_and(|due| due <= now) {
             self.tend_left();
             self.refresh_datagrams();
+            self.tend_emptying();
         }
         if self.counting.due().is_some_and(|due| due <= now) {
             self.count();

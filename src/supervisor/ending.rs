@@ -167,21 +167,29 @@ impl Driver {
             if let Some(running) = self.running.get_mut(&id) {
                 running.quiet_looks = Some(0);
             }
-        } else if self.tell_to_drain(id) {
-            tracing::info!(generation = %id, "drains");
-        } else {
-            tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
-            self.signal_main(id, self.config.stop_signal);
+        } else if !self.empties_first(id) {
+            self.begin_drain(id);
         }
         self.record();
         self.news_of(id);
     }
 
+    /// It is told, and stops accepting.
+    pub(super) fn begin_drain(&mut self, id: GenerationId) {
+        if self.tell_to_drain(id) {
+            tracing::info!(generation = %id, "drains");
+        } else {
+            tracing::info!(generation = %id, "drains: {} to its main process", self.config.stop_signal);
+            self.signal_main(id, self.config.stop_signal);
+        }
+    }
+
     /// Whether a generation gets nothing new once it is switched away from, and is left alone until what it has is gone.
     fn observes_drains(&self) -> bool {
-        let steered = self.adopts() && !self.cannot_trap && self.machine.serving().is_some();
+        let steered = self.steers_all() && self.machine.serving().is_some();
         match self.config.drain {
-            Drain::Auto | Drain::Observe => steered,
+            Drain::Auto => steered && self.adopts(),
+            Drain::Observe => steered,
             Drain::Signal => false,
         }
     }
@@ -225,7 +233,7 @@ impl Driver {
     pub(super) fn nobody_follows(&mut self) {
         let ids: Vec<_> = self.running.keys().copied().collect();
         for id in ids {
-            if matches!(self.phase(id), Some(Phase::Draining { .. })) {
+            if self.is_draining(id) {
                 self.tell_to_drain(id);
             }
         }
@@ -237,10 +245,13 @@ impl Driver {
 
     /// Who gets what is kept: who serves; when the service is being stopped, the newest that still drains.
     pub(super) fn receiver(&self) -> Option<GenerationId> {
-        let drains = |id| matches!(self.phase(id), Some(Phase::Draining { .. }));
-        let hears = |running: &&Running| running.hears() && drains(running.id);
+        let hears = |running: &&Running| running.hears() && self.is_draining(running.id);
         let newest = || self.running.values().rev().find(hears).map(|running| running.id);
         self.machine.serving().or_else(|| self.is_being_stopped().then(newest).flatten())
+    }
+
+    pub(super) fn is_draining(&self, id: GenerationId) -> bool {
+        matches!(self.phase(id), Some(Phase::Draining { .. }))
     }
 
     fn phase(&self, id: GenerationId) -> Option<Phase> {

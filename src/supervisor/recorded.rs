@@ -58,11 +58,11 @@ pub enum Role {
 /// A socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordedListener {
-    /// Its name.
+    /// Its name; none of one that the service chose for itself.
     pub name: String,
     /// Its inode in sockfs.
     pub inode: u64,
-    /// The generation that made it, where zddsup did not; each address in the kernel's order.
+    /// The generation whose own it is, where generations do not share it; each address in the kernel's order.
     #[serde(default)]
     pub adopted_from: Option<GenerationId>,
 }

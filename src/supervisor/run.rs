@@ -19,7 +19,7 @@ use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
 use crate::config::ready::{Probe, Scheme};
-use crate::config::{environment, start_directory, ConfigError, EnvError, Ready, ServiceConfig};
+use crate::config::{environment, start_directory, ConfigError, EnvError, Ready, ServiceConfig, Switch};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
@@ -175,7 +175,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
 }
 
 /// For a probe by `https://`. The file of authorities is read once.
-pub(crate) fn tls(config: &ServiceConfig) -> Result<Option<Tls>, TlsError> {
+pub fn tls(config: &ServiceConfig) -> Result<Option<Tls>, TlsError> {
     let Ready::Probe(Probe::Http(url)) = &config.ready else { return Ok(None) };
     match url.scheme {
         Scheme::Plain => Ok(None),
@@ -243,8 +243,13 @@ impl Driver {
     fn begin(&mut self, orphans: Orphans) {
         for listener in &self.listeners {
             tracing::info!(listener = listener.name(), "listens on {}", listener.address());
+            if self.config.switch == Switch::Steered && !listener.is_steered() {
+                tracing::info!(listener = listener.name(), "is shared by all generations: only TCP is steered");
+            }
         }
-        if self.take_over(orphans) {
+        let taken_over = self.take_over(orphans);
+        self.hold_declared();
+        if taken_over {
             let request = self.usual_upgrade().unwrap_or(Request::Upgrade);
             self.machine.request(request, self.now());
         } else {

@@ -11,6 +11,7 @@ use nix::unistd::geteuid;
 
 use super::driver::{Driver, Input};
 use super::running::{Running, Said, Tasks, Watchdog};
+use super::steered::OneMoreError;
 use crate::config::{environment, EnvError, Handoff};
 use crate::core::{Event, GenerationId, Source};
 use crate::handoff::channel::Channel;
@@ -50,6 +51,9 @@ pub enum LaunchError {
     /// A placeholder names no listener.
     #[error(transparent)]
     Placeholder(#[from] placeholder::PlaceholderError),
+    /// It cannot have sockets of its own.
+    #[error(transparent)]
+    Socket(#[from] OneMoreError),
     /// A socket or pipe for it cannot be made.
     #[error("cannot make its {what}: {source}; is the limit of open files reached?")]
     Fd {
@@ -195,20 +199,32 @@ impl Driver {
         let by_number = matches!(self.config.handoff, Handoff::Auto | Handoff::Fds | Handoff::Adopt);
         let by_socket = matches!(self.config.handoff, Handoff::Auto | Handoff::Socket);
         let mut handed = Handed { fds: Vec::new(), listeners: Vec::new(), names: Vec::new(), channel: None };
+        // Who binds for itself has its own in the place of those that are steered.
+        let adopts = self.adopts();
+        let places = (0..self.listeners.len()).filter(|&place| !adopts || !self.listeners[place].is_steered());
+        let mut own = Vec::new();
+        for place in places.collect::<Vec<_>>() {
+            own.push((place, self.own_socket(id, place)?));
+        }
+        let sockets: Vec<_> = own.into_iter().map(|(place, fd)| (&self.listeners[place], fd)).collect();
         let stored = self.store.for_next();
         let kept = || stored.iter().map(|stored| (stored.name.clone(), Arc::clone(&stored.fd)));
         if by_number {
-            for listener in &self.listeners {
-                let (name, address) = (listener.name().to_owned(), listener.address());
-                handed.listeners.push(Numbered { name, address, fd: handed.next_number() });
-                handed.place(listener.name().to_owned(), listener.fd());
+            for (listener, fd) in &sockets {
+                let name = listener.name().to_owned();
+                handed.listeners.push(Numbered {
+                    name: name.clone(),
+                    address: listener.address(),
+                    fd: handed.next_number(),
+                });
+                handed.place(name, Arc::clone(fd));
             }
             for (name, fd) in kept() {
                 handed.place(name, fd);
             }
         }
         if by_socket {
-            let sockets = self.listeners.iter().map(|listener| (listener.name().to_owned(), listener.fd()));
+            let sockets = sockets.iter().map(|(listener, fd)| (listener.name().to_owned(), Arc::clone(fd)));
             let named: Vec<_> = sockets.chain(kept()).collect();
             let inbox = self.inbox.clone();
             let heard = move |incoming| drop(inbox.send(Input::Heard(id, incoming)));

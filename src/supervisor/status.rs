@@ -34,7 +34,7 @@ impl Driver {
                 .listeners
                 .iter()
                 .map(|listener| Listener { name: listener.name().to_owned(), address: listener.address() })
-                .chain(self.adopted.keys().map(|key| Listener {
+                .chain(self.adopted.keys().filter(|key| !self.adopted.declared.contains_key(key)).map(|key| Listener {
                     name: "adopted".to_owned(),
                     address: match key.protocol() {
                         Protocol::Tcp => format!("tcp://{}", key.local()),

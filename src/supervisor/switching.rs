@@ -54,7 +54,8 @@ impl Driver {
 
     /// Puts right what a generation may have done to the sockets for all: shutdown(2), listen(2) with its own backlog.
     pub(super) fn repair_listeners(&mut self) {
-        for listener in &self.listeners {
+        self.repair_declared();
+        for listener in self.listeners.iter().filter(|listener| !listener.is_steered()) {
             match listener.repair() {
                 Ok(Repair::Untouched) => {}
                 Ok(Repair::Relistened) => {
@@ -86,7 +87,10 @@ impl Driver {
     pub(super) fn restore_flags(&self, candidate: GenerationId) {
         let Some(running) = self.running.get(&candidate) else { return };
         for (listener, flags) in self.listeners.iter().zip(&running.flags_before) {
-            listener.restore_flags(*flags);
+            // Where each has its own, they are its own too.
+            if !listener.is_steered() {
+                listener.restore_flags(*flags);
+            }
         }
     }
 }

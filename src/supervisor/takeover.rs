@@ -12,6 +12,7 @@ use std::time::Instant;
 use nix::sys::stat::fstat;
 use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
+use socket2::SockRef;
 
 use super::driver::Driver;
 use super::recorded::{Recorded, RecordedGeneration, RecordedListener, Role};
@@ -48,14 +49,24 @@ impl Orphans {
         let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
         let mut sockets = BTreeMap::new();
         let mut adopted = Vec::new();
+        let serves =
+            |id| generations.iter().any(|orphan| orphan.recorded.number == id && orphan.recorded.role == Role::Serving);
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
             if let Some(fd) = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
                 match listener.adopted_from {
-                    Some(owner) => adopted.push((owner, fd)),
+                    Some(owner) => {
+                        // One of several: that of the generation that serves, if it has one.
+                        if !listener.name.is_empty() && (serves(owner) || !sockets.contains_key(&listener.name)) {
+                            if let Ok(copy) = fd.try_clone() {
+                                sockets.insert(listener.name, copy);
+                            }
+                        }
+                        adopted.push((owner, fd));
+                    }
                     None => drop(sockets.insert(listener.name, fd)),
                 }
-            } else {
+            } else if listener.adopted_from.is_none() {
                 tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
             }
         }
@@ -107,7 +118,14 @@ impl Driver {
         if orphans.generations.is_empty() {
             return false;
         }
-        for (owner, socket) in orphans.adopted {
+        let is_shared = |socket: &OwnedFd| {
+            let local = SockRef::from(socket).local_addr().ok().and_then(|local| local.as_socket());
+            self.listeners.iter().any(|listener| !listener.is_steered() && listener.local() == local)
+        };
+        let (shared, steered): (Vec<_>, Vec<_>) =
+            orphans.adopted.into_iter().partition(|(_, socket)| is_shared(socket));
+        drop(shared);
+        for (owner, socket) in steered {
             self.adopted.found(owner, socket);
         }
         // Who served; else who is ready.
@@ -184,13 +202,15 @@ impl Driver {
         let listeners = self
             .listeners
             .iter()
+            .filter(|listener| !listener.is_steered())
             .map(|listener| RecordedListener {
                 name: listener.name().to_owned(),
                 inode: listener.inode(),
                 adopted_from: None,
             })
-            .chain(self.adopted.sockets().map(|(owner, socket)| RecordedListener {
-                name: String::new(),
+            .chain(self.adopted.sockets().map(|(key, owner, socket)| RecordedListener {
+                name:
+                    self.adopted.declared.get(key).map_or_else(String::new, |at| self.listeners[*at].name().to_owned()),
                 inode: fstat(socket).map_or(0, |found| found.st_ino),
                 adopted_from: Some(owner),
             }))

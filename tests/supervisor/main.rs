@@ -17,6 +17,7 @@
 //! | `output` | stdout and stderr |
 //! | `listeners` | each kind of socket, and those that systemd passes |
 //! | `refusals` | what is refused, in words, with nothing left behind |
+//! | `steered` | a socket of its own for each generation |
 //! | `takeover` | zddsup killed, and the next one |
 
 #[path = "../common/mod.rs"]
@@ -41,5 +42,6 @@ mod refusals;
 mod restart;
 mod rollback;
 mod signals;
+mod steered;
 mod storms;
 mod takeover;

@@ -4,6 +4,8 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
+//! | `servers` | real servers, one a test |
+//! | `declared` | `--listen` in the place of what they bind |
 //! | `probes` | probes on the port that both generations have |
 //! | `servers` | real servers, one a test: the table of the README |
 //! | `table` | that the README's table has these, or is written anew from their results |
@@ -21,6 +23,7 @@ mod stage;
 
 mod canary;
 mod datagrams;
+mod declared;
 mod places;
 mod probes;
 mod protocols;

@@ -54,9 +54,16 @@ impl Site {
 
     /// `zddsup run WORDS…`, until a generation serves.
     pub fn start(&self, words: &[&str]) -> Supervisor {
+        let supervisor = self.spawn(words);
+        supervisor.wait_until("the first generation serves", |status| status.serving.is_some());
+        supervisor
+    }
+
+    /// The same, and nothing is waited for.
+    pub fn spawn(&self, words: &[&str]) -> Supervisor {
         let mut setup = Setup::within(Arc::clone(&self.dir), words.iter().map(|word| self.filled(word)));
         setup.command().env("PATH", real::path()).env("HOME", self.dir.path());
-        setup.start()
+        setup.spawn()
     }
 
     pub fn load(&self) -> Config {
