@@ -450,7 +450,8 @@ mod tests {
     #[test]
     fn idle_connections_are_told_only_where_they_are_watched() {
         let (idle, program) = ("--drain-idle", "true");
-        assert!(refused(&[idle, "5s", "-l", ":1", program]).contains("without --listen"));
+        assert!(refused(&[idle, "5s", "-l", ":1", program]).contains("--drain observe"));
+        config(&[idle, "5s", "-l", ":1", "--switch", "steered", "--drain", "observe", program]);
         assert!(refused(&[idle, "5s", "--drain", "signal", program]).contains("--drain observe"));
         assert_eq!(config(&[idle, "5s", program]).drain_idle, Some(std::time::Duration::from_secs(5)));
         assert!(flags(&[idle, "0", program]).is_err());
