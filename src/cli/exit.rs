@@ -28,6 +28,8 @@ pub enum Exit {
     Superseded,
     /// The new version was tried and given up; the version from before serves on.
     Aborted,
+    /// The new version serves, and connections of the old one were cut, reset or left.
+    Lost,
     /// `run`: no version ever became ready.
     NeverReady,
     /// `run`: it was lost too often.
@@ -50,6 +52,7 @@ impl Exit {
             Exit::Refused => 6,
             Exit::Superseded => 7,
             Exit::Aborted => 8,
+            Exit::Lost => 9,
             Exit::NeverReady => 10,
             Exit::RestartLimit => 11,
             Exit::Service(status) => status,

@@ -78,6 +78,7 @@ EXIT CODES
   6  refused, nothing was changed
   7  another request took its place, or it was rolled back or called off
   8  the new version was tried and given up: by its check, by its end, or by hand; the version from before serves on
+  9  the new version serves, and connections of the old one were cut, reset or left for the next version (--wait)
  10  run: no version ever became ready
  11  run: the service was lost more often than --restart-limit allows
      run: a service that ended by itself gives its own status, 128 + N for signal N

@@ -6,7 +6,7 @@ use std::io::{self, Write as _};
 use super::exit::{Exit, Failure};
 use super::text;
 use super::wait::{Asked, Outcome};
-use crate::control::types::{UpgradePhase, UpgradeReport, UpgradeResult};
+use crate::control::types::{Proof, UpgradePhase, UpgradeReport, UpgradeResult};
 
 /// Says what came of it, and gives the exit code.
 pub fn tell(asked: Asked, outcome: &Outcome, json: bool) -> Result<Exit, Failure> {
@@ -45,6 +45,9 @@ fn exit_of(outcome: &Outcome, wanted: UpgradeResult) -> Exit {
         Outcome::TimedOut { .. } => Exit::TimedOut,
         Outcome::Gone { .. } => Exit::NoSupervisor,
         Outcome::Over(report) => match report.result {
+            Some(UpgradeResult::Succeeded) if wanted == UpgradeResult::Succeeded && !report.proof.is_clean() => {
+                Exit::Lost
+            }
             Some(result) if result == wanted => Exit::Done,
             Some(UpgradeResult::Aborted) => Exit::Aborted,
             Some(UpgradeResult::Failed) if report.old_kept_serving => Exit::UpgradeFailed,
@@ -130,11 +133,29 @@ fn succeeded(word: &str, report: &UpgradeReport) -> String {
         let _written = write!(line, "; {reason}");
     }
     if report.retired {
+        if report.from.is_some() {
+            let _written = write!(line, "; connections: {}", proven(&report.proof));
+        }
         return line;
     }
     let left = report.connections_left.map(|left| format!(", {} left", text::count(left, "connection")));
     let _written = write!(line, "; the old one drains{}", left.unwrap_or_default());
     line
+}
+
+/// What became of connections.
+#[must_use]
+pub fn proven(proof: &Proof) -> String {
+    let Proof { queued_at_switch, drained, cut, queued_when_gone, moved, kept, reset } = proof;
+    let mut words = format!(
+        "{queued_at_switch} waited at the switch, {drained} drained, {cut} cut, {queued_when_gone} waited when the old one \
+         was gone"
+    );
+    if *queued_when_gone > 0 {
+        // Writing to a String cannot fail.
+        let _written = write!(words, " ({moved} moved to the new one, {kept} kept for the next one)");
+    }
+    words + &format!(", {reset} reset")
 }
 
 /// The time that each phase took.
@@ -192,6 +213,11 @@ mod tests {
         ] {
             assert_eq!(exit_of(&outcome, UpgradeResult::Succeeded).code(), code, "{outcome:?}");
         }
+        let mut lost = UpgradeReport { result: Some(UpgradeResult::Succeeded), retired: true, ..fixture::report(7) };
+        lost.proof.cut = 2;
+        let lost = Outcome::Over(lost);
+        assert_eq!(exit_of(&lost, UpgradeResult::Succeeded).code(), 9);
+        assert!(in_words("upgrade", &lost).contains("0 waited at the switch, 0 drained, 2 cut"), "{lost:?}");
         // What was asked is what was asked.
         assert_eq!(exit_of(&ended(UpgradeResult::Aborted, true), UpgradeResult::Aborted).code(), 0);
         assert_eq!(exit_of(&ended(UpgradeResult::Succeeded, false), UpgradeResult::Aborted).code(), 7);

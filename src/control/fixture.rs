@@ -10,8 +10,8 @@ use tokio::task::JoinHandle;
 use super::client::Client;
 use super::server::{Limits, Server};
 use super::types::{
-    Command, Event, Generation, GenerationPhase, Handle, Listener, Program, Reply, Request, ServicePhase, Status,
-    Supervisor, UpgradeKind, UpgradeReport, UpgradeResult,
+    Command, Event, Generation, GenerationPhase, Handle, Listener, Program, Proof, Reply, Request, ServicePhase,
+    Status, Supervisor, UpgradeKind, UpgradeReport, UpgradeResult,
 };
 use crate::core::GenerationId;
 
@@ -61,6 +61,7 @@ pub fn report(id: u64) -> UpgradeReport {
         canary: None,
         phases: Vec::new(),
         connections_left: None,
+        proof: Proof::default(),
         retired: false,
     }
 }

@@ -162,8 +162,38 @@ pub struct UpgradeReport {
     pub phases: Vec<PhaseTime>,
     /// Connections of the generations that leave because of it.
     pub connections_left: Option<u64>,
+    /// What it did to connections, counted so far.
+    #[serde(default)]
+    pub proof: Proof,
     /// Whether it is over and all that left because of it is gone.
     pub retired: bool,
+}
+
+/// What a transaction did to connections of the generations that left because of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Proof {
+    /// Waited in the queue at the switch, not accepted yet.
+    pub queued_at_switch: u64,
+    /// Most that they had at a time while they drained.
+    pub drained: u64,
+    /// Left when the drain time was over.
+    pub cut: u64,
+    /// Waited in the queue when the generation was gone, and were …
+    pub queued_when_gone: u64,
+    /// … moved to the queue of the one that serves,
+    pub moved: u64,
+    /// … kept for the next generation,
+    pub kept: u64,
+    /// … reset.
+    pub reset: u64,
+}
+
+impl Proof {
+    /// Whether every connection was served, or will be.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        (self.cut, self.kept, self.reset) == (0, 0, 0)
+    }
 }
 
 /// How far a canary is, or came.

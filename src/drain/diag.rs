@@ -258,7 +258,7 @@ mod tests {
         wait_until(&|still| still > Some(Duration::from_millis(50)));
         // What the client does not read is on its way for as long as it takes.
         accepted.set_nonblocking(true).unwrap();
-        while accepted.write(&[0; 1 << 16]).is_ok() {}
+        while accepted.write(&[0; 1 << 14]).is_ok() {}
         assert_eq!(still(), None);
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(still(), None);

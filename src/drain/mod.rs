@@ -2,4 +2,5 @@
 
 pub mod connections;
 pub mod diag;
+pub mod migration;
 pub mod retired;

@@ -19,14 +19,14 @@ use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use socket2::{SockRef, Type};
 
 use super::driver::{Driver, Input};
+use super::leaving::Leaving;
 use super::ports::Ports;
-use super::steered::NOBODY;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
 use crate::drain::connections::{has_socket, Places};
 use crate::drain::retired::Retired;
 use crate::handoff::adopt::remote::{Address, Caller, LookError};
-use crate::listener::steering::{Group, Key, Origin, Protocol, SteerError};
+use crate::listener::steering::{Group, Key, Origin, Protocol};
 use crate::process::spawn::Trap;
 use crate::sys::seccomp::{Call, Notification, Notifier};
 use crate::sys::socket::{is_readable, queue_length};
@@ -43,7 +43,9 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub struct Adopted {
     pub(super) groups: BTreeMap<Key, Group>,
     /// Of generations that are gone, until their queues are empty.
-    pub(super) left: Vec<(Key, Retired)>,
+    pub(super) left: Vec<Leaving>,
+    /// Of UDP, to be closed once nobody else has them.
+    pub(super) closing: Vec<(Key, u64)>,
     ports: Ports,
     /// From where a canary gets everything.
     pub(super) diverted: Vec<Origin>,
@@ -247,12 +249,13 @@ impl Driver {
     }
 
     pub(super) fn hand_over(&mut self, socket: &Arc<OwnedFd>, to: GenerationId) {
-        self.adopted.left.retain(|(_, retired)| !Arc::ptr_eq(retired.socket(), socket));
+        self.adopted.left.retain(|leaving| !Arc::ptr_eq(leaving.socket(), socket));
         for group in self.adopted.groups.values_mut() {
             if let Err(error) = group.hand_over(socket, to) {
                 tracing::error!(generation = %to, "{error}");
             }
         }
+        self.tell_of_gone();
     }
 
     /// The port that the kernel chose for the generation before, where this one asks for any.
@@ -398,67 +401,6 @@ impl Driver {
         self.tend_left();
     }
 
-    /// A generation is gone. Its sockets stay until what waits in their queues is gone too, or somebody takes it.
-    pub(super) fn leave_sockets(&mut self, id: GenerationId) {
-        for socket in self.adopted.of(id) {
-            let Ok(Some(key)) = Key::of(&*socket) else { continue };
-            match Retired::new(socket) {
-                Ok(retired) => self.adopted.left.push((key, retired)),
-                Err(error) => tracing::error!(generation = %id, "cannot look at its queue: {error}"),
-            }
-        }
-        self.tend_left();
-    }
-
-    /// Looks at the queues of sockets that have been left, and closes what is empty.
-    pub(super) fn tend_left(&mut self) {
-        // With nobody to serve, what comes waits in the dead one's queue for the next one.
-        self.adopted.due = None;
-        let Some(serving) = self.machine.serving() else { return };
-        let running = &self.running;
-        let Adopted { groups, left, due, declared, .. } = &mut self.adopted;
-        let mut closing = Vec::new();
-        left.retain_mut(|(key, retired)| {
-            let Some(group) = groups.get_mut(key) else { return false };
-            let others = group.members().any(|(owner, _, leaving)| !leaving && owner == serving);
-            let in_use = group.members().any(|(owner, _, _)| running.contains_key(&owner));
-            match retired.look() {
-                Ok(found) if found.half_open > 0 => return true,
-                Ok(found) if found.queued > 0 && key.protocol() == Protocol::Udp => {
-                    tracing::error!("datagrams that waited at {key} for a generation that is gone are lost");
-                }
-                Ok(found) if found.queued > 0 => tracing::error!(
-                    "{} connections that waited at {key} for a generation that is gone are reset",
-                    found.queued
-                ),
-                Ok(_) | Err(_) => {}
-            }
-            if others && key.protocol() == Protocol::Udp {
-                closing.push((key.clone(), retired.inode()));
-                return false;
-            }
-            if others {
-                return !left_group(group.leave(retired.socket()));
-            }
-            if !in_use && declared.contains_key(key) {
-                return group.hand_over(retired.socket(), NOBODY).is_err();
-            }
-            if !in_use {
-                tracing::info!("nobody listens on {key} any more: closed");
-                groups.remove(key);
-            }
-            in_use
-        });
-        // By now the group has the last copy of each.
-        for (key, inode) in closing {
-            if let (Some(group), Ok(inode)) = (groups.get_mut(&key), inode) {
-                left_group(group.leave_inode(inode));
-            }
-        }
-        groups.retain(|_, group| group.members().next().is_some());
-        *due = (!left.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
-    }
-
     /// Whether it gets datagrams, of which nobody can see how long it takes to answer them.
     pub(super) fn gets_datagrams(&self, id: GenerationId) -> bool {
         self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
@@ -482,14 +424,6 @@ impl Driver {
             still_after: self.config.drain_idle,
         }
     }
-}
-
-/// Whether a socket left its group.
-fn left_group(result: Result<bool, SteerError>) -> bool {
-    result.unwrap_or_else(|error| {
-        tracing::error!("{error}");
-        true
-    })
 }
 
 fn fd_of(notification: &Notification) -> RawFd {

@@ -1,6 +1,6 @@
 //! Performs the core's actions, and tells it what came of them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime};
 
@@ -96,6 +96,8 @@ pub struct Driver {
     pub(super) upward: Upward,
     pub(super) counting: Counting,
     pub(super) adopted: Adopted,
+    /// Generations of which a socket may be left.
+    pub(super) departed: BTreeSet<GenerationId>,
     /// For probes by `https://`.
     pub(super) tls: Option<Tls>,
     pub(super) canaries: Canaries,
@@ -213,7 +215,10 @@ impl Driver {
             Action::Share { candidate, incumbent, step } => self.share(candidate, incumbent, step),
             Action::Unshare { candidate, incumbent } => self.unshare(candidate, incumbent),
             Action::Drain(id) => self.drain(id),
-            Action::Stop(id) => self.signal(id, self.config.stop_signal),
+            Action::Stop(id) => {
+                self.prove_stop(id);
+                self.signal(id, self.config.stop_signal);
+            }
             Action::Abort(id) => self.signal_main(id, Signal::SIGABRT),
             Action::Kill(id) => self.signal(id, Signal::SIGKILL),
             Action::Release(id) => self.release(id),

@@ -162,6 +162,9 @@ impl Driver {
 
     pub(super) fn drain(&mut self, id: GenerationId) {
         self.leaves(id);
+        if let Some(running) = self.running.get_mut(&id) {
+            running.drained = Some(false);
+        }
         if self.observes_drains() {
             tracing::info!(generation = %id, "drains: {} once its last connection is gone", self.config.stop_signal);
             if let Some(running) = self.running.get_mut(&id) {
@@ -205,8 +208,16 @@ impl Driver {
             if count.still > 0 {
                 tracing::info!(generation = %id, idle = count.still, "has drained: its other connections are gone");
             }
-            self.happened(Event::Drained(id));
+            self.has_drained(id);
         }
+    }
+
+    /// It has nothing left to finish.
+    pub(super) fn has_drained(&mut self, id: GenerationId) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.drained = running.drained.map(|_| true);
+        }
+        self.happened(Event::Drained(id));
     }
 
     /// By the handoff socket; false where nobody reads it. Nothing is said twice.
@@ -290,7 +301,6 @@ impl Driver {
         if unwanted > 0 {
             tracing::warn!(generation = %id, unwanted, "what former generations passed on was not taken: closed");
         }
-        self.reports.released(id, Instant::now());
         if let Some(running) = self.running.remove(&id) {
             tracing::info!(generation = %id, "is gone to its last process");
             let retired = self.describe(&running, control::GenerationPhase::Retired);

@@ -177,7 +177,7 @@ impl Driver {
                 self.pass_on_kept();
             }
             FromGeneration::Taken { id: kept } => self.kept.taken(id, kept),
-            FromGeneration::Drained => self.happened(Event::Drained(id)),
+            FromGeneration::Drained => self.has_drained(id),
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | [`ports`] | which ports the kernel chose for them |
 //! | [`datagrams`] | those of UDP |
 //! | [`canary`] | a share of new connections before the switch, and its checks |
+//! | [`leaving`] | sockets of generations that are gone, and what waits in their queues |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`daemons`] | programs whose first process is not the one that stays |
@@ -31,6 +32,7 @@ mod datagrams;
 pub mod driver;
 mod ending;
 pub mod instance;
+mod leaving;
 mod messages;
 mod ports;
 mod readiness;

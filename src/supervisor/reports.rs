@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::control::types::{CanaryReport, PhaseTime, UpgradeKind, UpgradePhase, UpgradeReport, UpgradeResult};
+use crate::control::types::{CanaryReport, PhaseTime, Proof, UpgradeKind, UpgradePhase, UpgradeReport, UpgradeResult};
 use crate::core::{GenerationId, Kind, Outcome, UpgradeId};
 
 /// How many are remembered.
@@ -124,7 +124,7 @@ impl Reports {
         });
     }
 
-    /// A generation is gone to its last process.
+    /// A generation is gone, to its last process and socket.
     pub fn released(&mut self, generation: GenerationId, now: Instant) {
         self.change(
             |entry| entry.leaving.contains(&generation),
@@ -139,12 +139,19 @@ impl Reports {
         );
     }
 
+    /// Counts something for the newest transaction that a generation has to do with.
+    pub fn prove(&mut self, generation: GenerationId, count: impl FnOnce(&mut Proof)) {
+        let concerns = |entry: &Entry| [entry.report.from, entry.report.to].contains(&Some(generation));
+        self.change(concerns, |entry| count(&mut entry.report.proof));
+    }
+
     /// How many connections the generations that leave still have.
     pub fn connections(&mut self, of: &BTreeMap<GenerationId, u64>) {
         for entry in &mut self.entries {
             let left: Option<u64> = entry.leaving.iter().map(|generation| of.get(generation)).sum();
             if !entry.leaving.is_empty() && left.is_some() && entry.report.connections_left != left {
                 entry.report.connections_left = left;
+                entry.report.proof.drained = entry.report.proof.drained.max(left.unwrap_or(0));
                 self.changed.insert(entry.report.id);
             }
         }
@@ -204,6 +211,7 @@ impl Reports {
                 canary: None,
                 phases: Vec::new(),
                 connections_left: None,
+                proof: Proof::default(),
                 retired: false,
             },
             phase: Some((UpgradePhase::Waiting, now)),

@@ -1,6 +1,6 @@
 //! From a configuration to the end of the service.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
@@ -228,6 +228,7 @@ impl Driver {
             upward: Upward::default(),
             counting: Counting::default(),
             adopted: Adopted::default(),
+            departed: BTreeSet::new(),
             tls,
             canaries: Canaries::default(),
             cannot_trap: false,

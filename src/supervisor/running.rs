@@ -45,6 +45,8 @@ pub struct Running {
     pub has_listened: bool,
     /// Whether its probe has succeeded.
     pub probed: bool,
+    /// Whether its drain ended by itself; none while it does not drain.
+    pub drained: Option<bool>,
     /// Its drain is observed: how many looks in a row have found no connection of it.
     pub quiet_looks: Option<u32>,
     /// The supervisor's end of its handoff socket.

@@ -96,6 +96,7 @@ impl Driver {
             listens: 0,
             has_listened: false,
             probed: false,
+            drained: None,
             quiet_looks: None,
             channel: None,
             capture: None,

@@ -124,8 +124,8 @@ impl Driver {
         Ok(socket)
     }
 
-    /// The socket at this address in which connections wait for somebody to come: nobody's, or, where nobody serves, that
-    /// of a generation that is gone, or to which what is new is steered still.
+    /// The socket at this address in which connections wait for somebody to come: nobody's; one that was kept for the next
+    /// generation; or, where nobody serves, that of a generation that is gone, or to which what is new is steered still.
     fn free(&self, taker: GenerationId, local: SocketAddr) -> Option<Arc<OwnedFd>> {
         let nobody_serves = self.machine.serving().is_none();
         let is_gone = |owner| self.running.get(&owner).is_none_or(|running| running.end.is_some());
@@ -133,7 +133,12 @@ impl Driver {
         let sockets = self.adopted.groups.values().filter(here).flat_map(|group| {
             let is_target = |owner| group.weights().iter().any(|(target, _)| *target == owner);
             let waits = move |owner| owner == NOBODY || nobody_serves && (is_gone(owner) || is_target(owner));
-            group.members().filter(move |(owner, _, leaving)| !leaving && *owner != taker && waits(*owner))
+            let is_kept = |socket| {
+                let mut kept = self.adopted.left.iter().filter(|leaving| leaving.is_kept());
+                kept.any(|leaving| Arc::ptr_eq(leaving.socket(), socket))
+            };
+            let is_free = move |owner, socket| owner != taker && (waits(owner) || is_kept(socket));
+            group.members().filter(move |(owner, socket, leaving)| !leaving && is_free(*owner, socket))
         });
         let fullest = sockets.max_by_key(|(_, socket, _)| waiting(socket, local));
         fullest.map(|(_, socket, _)| Arc::clone(socket))
@@ -187,10 +192,7 @@ impl Driver {
         }
         let nobodys = group.members().filter(|(owner, _, leaving)| *owner == NOBODY && !leaving);
         for socket in nobodys.map(|(_, socket, _)| Arc::clone(socket)).collect::<Vec<_>>() {
-            match Retired::new(socket) {
-                Ok(retired) => self.adopted.left.push((key.clone(), retired)),
-                Err(error) => tracing::error!("cannot look at its queue: {error}"),
-            }
+            self.adopted.leave(NOBODY, socket);
         }
         None
     }

@@ -17,6 +17,9 @@ impl Driver {
             self.restore_flags(from);
         }
         self.steer_to(to, from);
+        if let Some(from) = from {
+            self.prove_switch(from);
+        }
         self.end_canary();
         self.store.commit(to);
         // It has called listen(2) by now, if it does so with a backlog of its own.

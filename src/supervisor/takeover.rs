@@ -163,6 +163,7 @@ impl Driver {
                 listens: 0,
                 has_listened: false,
                 probed: false,
+                drained: None,
                 quiet_looks: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),

@@ -3,6 +3,7 @@
 //!
 //! | file | what it is about |
 //! |---|---|
+//! | `leaving` | what waits for a generation that is gone, and what an upgrade says of it |
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
 //! | `servers` | real servers, one a test |
 //! | `declared` | `--listen` in the place of what they bind |
@@ -18,6 +19,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod leaving;
 mod matrix;
 mod stage;
 

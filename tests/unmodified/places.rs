@@ -28,7 +28,7 @@ fn forbid(call: &str) -> [&str; 4] {
     ["/usr/bin/python3", "-c", FORBID, call]
 }
 
-const NOBODY: [&str; 4] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+pub const NOBODY: [&str; 4] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
 fn doctor(wrapper: &[&str]) -> Output {
     let words = [wrapper, &[ZDDSUP, "doctor"]].concat();

@@ -271,6 +271,15 @@ impl Group {
         Ok(self.index_of(inode).is_none())
     }
 
+    /// Whether a socket would be closed at once if it left now.
+    pub fn may_leave(&mut self, socket: &OwnedFd) -> bool {
+        let Some(index) = self.index(socket).map(usize::from) else { return true };
+        let was = std::mem::replace(&mut self.members[index].leaving, true);
+        let may = !matches!(self.meanwhile(index), Meanwhile::Harm);
+        self.members[index].leaving = was;
+        may
+    }
+
     /// A socket of one that is gone is another generation's from now on, with what waits in its queue.
     pub fn hand_over(&mut self, socket: &OwnedFd, to: GenerationId) -> Result<(), SteerError> {
         let Some(index) = self.index(socket) else { return Ok(()) };
