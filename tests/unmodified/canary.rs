@@ -258,12 +258,17 @@ fn a_check_that_fails_ends_it_with_its_words() {
     let supervisor = start(&site, &[], VERSION_1);
     let (load, first) = (Load::start(site.load()), supervisor.serving().pid);
     site.write("script", VERSION_2);
-    let check = "exec:echo out; echo 'errors: 7%' >&2; exit 3";
+    // All of it is read, more than a pipe holds, and its last lines are told.
+    let check = "exec:seq 99999; echo out; echo 'errors: 7%' >&2; exit 3";
     let upgrade = waiting(&supervisor, &["--canary", "20%", "--canary-check", check]);
-    ends_with(upgrade, 8, "its check exec:echo out; echo 'errors: 7%' >&2; exit 3: the command exited with status 3");
+    ends_with(
+        upgrade,
+        8,
+        "its check exec:seq 99999; echo out; echo 'errors: 7%' >&2; exit 3: the command exited with status 3",
+    );
     let report = supervisor.status().upgrades[0].clone();
     assert_eq!((report.result, report.old_kept_serving), (Some(UpgradeResult::Aborted), true));
-    assert!(report.reason.as_ref().unwrap().ends_with("it said: out | errors: 7%"), "{report:?}");
+    assert!(report.reason.as_ref().unwrap().ends_with("it said: 99999 | out | errors: 7%"), "{report:?}");
     untouched(&site, &supervisor, first);
     load.stop().assert_clean();
 }
