@@ -159,7 +159,8 @@ fn upgrade_row(report: &UpgradeReport) -> [String; 6] {
         .connections_left
         .filter(|_| !report.retired)
         .map(|left| format!("{} left", text::count(left, "connection")));
-    let notes: Vec<String> = [report.reason.clone(), left].into_iter().flatten().collect();
+    let canary = report.canary.as_ref().filter(|_| report.result.is_none()).map(text::canary);
+    let notes: Vec<String> = [report.reason.clone(), canary, left].into_iter().flatten().collect();
     [
         report.id.to_string(),
         report.kind.to_string(),

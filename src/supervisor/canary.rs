@@ -152,6 +152,16 @@ impl Driver {
         self.adopted.end_diverts();
     }
 
+    /// Its processes are known: one that was ready before that is checked from now on.
+    pub(super) fn check_canary(&mut self, id: GenerationId) {
+        match self.machine.stage() {
+            Stage::Canary { flight, step, .. } if flight.candidate == id && self.canaries.checking.is_none() => {
+                self.begin_checks(id, step);
+            }
+            Stage::Canary { .. } | Stage::Idle | Stage::Starting(_) | Stage::Baking { .. } | Stage::Backoff { .. } => {}
+        }
+    }
+
     fn begin_checks(&mut self, candidate: GenerationId, step: u16) {
         let Some((canary, _)) = self.under_way() else { return };
         let every = if canary.switches || canary.shares.len() > 1 { canary.interval / 4 } else { LATEST };

@@ -10,6 +10,7 @@ use socket2::{Domain, Socket, Type};
 use zddsup::control::types::{GenerationPhase, ServicePhase, UpgradePhase, UpgradeResult};
 
 use crate::common::load::{Failure, Load};
+use crate::common::real::installed;
 use crate::common::{processes_with, puppet, request, Setup, Supervisor, PATIENCE};
 use crate::stage::Site;
 use crate::steering::start;
@@ -175,6 +176,32 @@ fn an_abort_under_load_loses_nothing() {
     assert_eq!(supervisor.serving().pid, first.pid);
     assert_eq!(status.upgrades[0].result, Some(UpgradeResult::Aborted));
     assert_eq!(status.ended.get(&UpgradeResult::Aborted), Some(&1));
+}
+
+/// A server that cuts what it has when it is told to stop: a canary that is given up is left alone until it has nothing.
+#[test]
+fn python_is_tried_and_given_up_and_tried_again() {
+    if !installed("python3", &["/usr/bin/python3", "--version"]) {
+        return;
+    }
+    let site = Site::new();
+    site.write("index.html", "hello\n");
+    let command = ["--", "/usr/bin/python3", "-m", "http.server", "--bind", "127.0.0.1", "PORT"];
+    let supervisor = site.start(&command);
+    let loads = [Load::start(site.load()), Load::start(site.load())];
+    for ending in ["abort", "promote", "abort", "promote"] {
+        let output = supervisor.cli(&["upgrade", "--wait=canary", "--canary", "50%"]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+        for load in &loads {
+            assert!(load.more(20, PATIENCE));
+        }
+        let output = supervisor.cli(&[ending, "--wait"]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+    }
+    for load in loads {
+        load.stop().assert_clean();
+    }
+    assert_eq!(supervisor.wait_settled().serving.unwrap().0, 5);
 }
 
 #[test]
