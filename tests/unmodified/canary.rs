@@ -248,7 +248,8 @@ fn steps_follow_each_other_each_with_its_check() {
     let canary = report.canary.unwrap();
     assert_eq!((canary.step, canary.steps, canary.share.to_string().as_str()), (3, 3, "50%"));
     let phase = report.phases.iter().find(|time| time.phase == UpgradePhase::Canary).unwrap();
-    assert!(phase.ms >= 900, "{:?}", report.phases);
+    // Three times 300 ms, measured by another clock.
+    assert!(phase.ms >= 800, "{:?}", report.phases);
     let checks = std::fs::read_to_string(site.path("checks")).unwrap();
     assert!(checks.lines().count() >= 3 && checks.lines().all(|line| line == "2"), "{checks:?}");
 }
@@ -380,6 +381,21 @@ fn a_rollback_is_an_abort_and_what_waits_goes_with_it() {
     supervisor.signal(Signal::SIGHUP);
     supervisor.wait_until("one waits", |status| status.pending.is_some());
     assert!(supervisor.cli(&["rollback"]).status.success(), "{}", supervisor.log());
+    untouched(&site, &supervisor, first);
+}
+
+#[test]
+fn one_that_is_not_ready_can_be_given_up_too() {
+    let site = Site::new();
+    let supervisor = start(&site, &["--ready", "notify"], VERSION_1);
+    let first = supervisor.serving().pid;
+    site.write("script", "--version 2\n--ready none");
+    let upgrade = waiting(&supervisor, &["--canary", "50%"]);
+    supervisor.wait_until("it starts", |status| status.generations.iter().any(|g| g.number.0 == 2 && g.pid.is_some()));
+    let promote = supervisor.cli(&["promote"]);
+    assert_eq!(promote.status.code(), Some(6), "{promote:?}");
+    assert!(supervisor.cli(&["abort"]).status.success(), "{}", supervisor.log());
+    ends_with(upgrade, 8, "given up before the switch");
     untouched(&site, &supervisor, first);
 }
 
