@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::exit::{Exit, Failure};
 use super::target::{self, Target};
 use super::{text, verdict};
-use crate::control::types::{Event, Generation, UpgradeReport};
+use crate::control::types::{Event, Generation, UpgradePhase, UpgradeReport, UpgradeResult};
 
 /// Which service, and in which form.
 #[derive(Debug, Clone, clap::Args)]
@@ -53,6 +53,10 @@ fn upgrade(report: &UpgradeReport) -> String {
         parts.push(format!("generation {to}"));
     }
     match (report.result, report.phases.last()) {
+        (None, Some(time)) if time.phase == UpgradePhase::Canary => {
+            parts.push(time.phase.to_string());
+            parts.extend(report.canary.as_ref().map(text::canary));
+        }
         (None, Some(time)) => parts.push(time.phase.to_string()),
         (None, None) => {}
         (Some(result), _) => {
@@ -62,6 +66,7 @@ fn upgrade(report: &UpgradeReport) -> String {
         }
     }
     match (report.result, report.retired, report.connections_left) {
+        (Some(UpgradeResult::Aborted), true, _) => parts.push("nothing left of the new one".to_owned()),
         (Some(_), true, _) => parts.push("nothing left of the old one".to_owned()),
         (_, false, Some(left)) => parts.push(format!("{} left", text::count(left, "connection"))),
         (_, _, None) | (None, true, _) => {}
@@ -85,7 +90,7 @@ fn generation(generation: &Generation) -> String {
 mod tests {
     use super::*;
     use crate::control::fixture;
-    use crate::control::types::{GenerationPhase, UpgradeResult};
+    use crate::control::types::{CanaryReport, GenerationPhase, PhaseTime};
 
     #[test]
     fn a_line_says_it_all() {
@@ -93,6 +98,14 @@ mod tests {
         report.result = Some(UpgradeResult::Failed);
         report.reason = Some("exited with status 1".to_owned());
         assert_eq!(in_words(&Event::Upgrade(report)), "upgrade 7, generation 4, failed: exited with status 1");
+        let mut report = fixture::report(8);
+        report.phases = vec![PhaseTime { phase: UpgradePhase::Canary, ms: 1 }];
+        report.canary =
+            Some(CanaryReport { share: "5%".parse().unwrap(), from: Vec::new(), step: 1, steps: 2, by_hand: false });
+        assert_eq!(
+            in_words(&Event::Upgrade(report)),
+            "upgrade 8, generation 4, canary, the new version gets 5% of new connections (step 1 of 2)"
+        );
         let mut gone = fixture::generation(2, GenerationPhase::Retired);
         gone.end = Some("was killed by SIGKILL".to_owned());
         assert_eq!(in_words(&Event::Generation(gone)), "generation 2 retired, pid 100, was killed by SIGKILL");

@@ -160,7 +160,8 @@ fn upgrade_row(report: &UpgradeReport) -> [String; 6] {
         .filter(|_| !report.retired)
         .map(|left| format!("{} left", text::count(left, "connection")));
     let proof = Some(verdict::proven(&report.proof)).filter(|_| report.retired && report.from.is_some());
-    let notes: Vec<String> = [report.reason.clone(), left, proof].into_iter().flatten().collect();
+    let canary = report.canary.as_ref().filter(|_| report.result.is_none()).map(text::canary);
+    let notes: Vec<String> = [report.reason.clone(), canary, left, proof].into_iter().flatten().collect();
     [
         report.id.to_string(),
         report.kind.to_string(),

@@ -139,6 +139,7 @@ fn seconds(ms: u64) -> f64 {
 mod tests {
     use super::*;
     use crate::control::fixture;
+    use crate::control::types::CanaryReport;
 
     #[test]
     fn says_what_the_status_says() {
@@ -161,6 +162,20 @@ mod tests {
             assert!(swapped, "{line} is not in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_share_of_a_canary_that_is_under_way() {
+        let mut status = fixture::status();
+        let share = "zddsup_canary_share{service=\"web\"} ";
+        assert!(encode(&status).contains(&format!("{share}0.0\n")));
+        let canary = CanaryReport { share: "5%".parse().unwrap(), from: Vec::new(), step: 1, steps: 1, by_hand: true };
+        status.phase = ServicePhase::Canary;
+        status.upgrades.insert(0, UpgradeReport { canary: Some(canary), ..fixture::report(4) });
+        let text = encode(&status);
+        assert!(text.contains(&format!("{share}0.05\n")), "{text}");
+        status.upgrades[0].result = Some(UpgradeResult::Aborted);
+        assert!(encode(&status).contains(&format!("{share}0.0\n")));
     }
 
     fn labels(line: &str) -> Vec<String> {

@@ -12,6 +12,7 @@ use super::client::{Client, ClientError};
 use super::fixture::{self, Fake};
 use super::server::Limits;
 use super::types::{Command, Event, Refusal, Reply, ServicePhase, UpgradeReport};
+use crate::config::CanaryFlags;
 
 fn quick() -> Limits {
     Limits { time: Duration::from_millis(500), ..Limits::default() }
@@ -38,12 +39,21 @@ async fn what_is_asked_arrives_and_what_is_answered_comes_back() {
     assert_eq!(fake.client.command(Command::Restart).await.unwrap(), Reply::Accepted { upgrade: 9 });
     let refused = fake.client.command(Command::Rollback).await.unwrap();
     assert!(matches!(refused, Reply::Refused(refusal) if refusal.reason == "nothing before"));
+    let mut flags = CanaryFlags::default();
+    for (name, value) in [("canary-steps", "0.5%,100%"), ("canary-from", "::1"), ("canary-check", "exec:a & b=%41 'ä'")]
+    {
+        flags.set(name, value).unwrap();
+    }
+    let canaries = [flags, CanaryFlags::default()].map(|flags| Command::Canary(Box::new(flags)));
+    for command in canaries.iter().chain(&[Command::Promote, Command::Abort]) {
+        assert_eq!(fake.client.command(command.clone()).await.unwrap(), Reply::Accepted { upgrade: 9 });
+    }
     assert_eq!(fake.client.command(Command::Stop { quick: true }).await.unwrap(), Reply::Stopping);
     assert_eq!(fake.client.command(Command::Stop { quick: false }).await.unwrap(), Reply::Stopping);
     assert!(fake.client.metrics().await.unwrap().contains("zddsup_serving_generation{service=\"web\"} 3"));
     let asked = fake.asked.lock().unwrap().clone();
-    let stops = [Command::Stop { quick: true }, Command::Stop { quick: false }];
-    assert_eq!(asked, [&[Command::Upgrade, Command::Restart, Command::Rollback], &stops[..]].concat());
+    let rest = [Command::Promote, Command::Abort, Command::Stop { quick: true }, Command::Stop { quick: false }];
+    assert_eq!(asked, [&[Command::Upgrade, Command::Restart, Command::Rollback], &canaries[..], &rest].concat());
 }
 
 #[tokio::test]

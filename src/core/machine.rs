@@ -3,52 +3,13 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::canary::Wait;
-use super::generation::InFlight;
 use super::recovery::Restarts;
 use super::stopping::{Life, Patience};
 use super::upgrade::{Pending, Versions};
 use super::{
-    Abort, Action, Answer, Canary, End, Event, Failure, Generation, GenerationId, Kind, Notice, Outcome, Phase, Policy,
-    Request, Source, Time, UpgradeId,
+    Abort, Action, Answer, End, Event, Failure, Generation, GenerationId, Kind, Notice, Outcome, Phase, Policy,
+    Request, Source, Stage, Time, UpgradeId,
 };
-
-/// What the service as a whole is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Stage {
-    /// Nothing is in flight.
-    Idle,
-    /// A candidate is being started.
-    Starting(InFlight),
-    /// The candidate gets a share, the incumbent the rest.
-    Canary {
-        /// The transaction.
-        flight: InFlight,
-        /// How it is tried.
-        canary: Canary,
-        /// Number of the step, from 0.
-        step: u16,
-        /// What the next one waits for.
-        wait: Wait,
-        /// Whether the check succeeded in this step.
-        passed: bool,
-    },
-    /// The candidate serves, the one before is on standby.
-    Baking {
-        /// The transaction; its candidate is the incumbent now.
-        flight: InFlight,
-        /// What can be switched back to at once.
-        standby: GenerationId,
-        /// When the bake is over.
-        until: Time,
-        /// The versions to go back to with it.
-        before: Versions,
-    },
-    /// No generation serves; the next start is due.
-    Backoff {
-        /// At that time.
-        until: Time,
-    },
-}
 
 /// The state machine of one service.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -152,13 +113,12 @@ impl Machine {
     /// When to report [`Event::Timeout`], if nothing else happens before.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        let stage = match self.stage {
-            Stage::Canary { wait: Wait::Until(until), .. } | Stage::Baking { until, .. } | Stage::Backoff { until } => {
-                Some(until)
-            }
-            Stage::Idle | Stage::Starting(_) | Stage::Canary { wait: Wait::Check | Wait::Asked, .. } => None,
-        };
-        self.generations.values().filter_map(Generation::deadline).chain(stage).chain(self.life.deadline()).min()
+        self.generations
+            .values()
+            .filter_map(Generation::deadline)
+            .chain(self.stage.deadline())
+            .chain(self.life.deadline())
+            .min()
     }
 
     /// The incumbent.

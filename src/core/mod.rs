@@ -17,6 +17,7 @@
 //! | file | what it decides |
 //! |---|---|
 //! | [`machine`] | the state, and the table of events by phase |
+//! | [`stage`] | what is in flight |
 //! | [`canary`] | a share before the switch, in steps: promote, abort |
 //! | [`upgrade`] | the transaction: start, switch, bake, fall back, what waits for its turn |
 //! | [`recovery`] | the incumbent was lost: restart policy, backoff, limit |
@@ -29,6 +30,7 @@ pub mod generation;
 pub mod machine;
 pub mod policy;
 pub mod recovery;
+pub mod stage;
 pub mod stopping;
 pub mod upgrade;
 
@@ -37,5 +39,6 @@ pub use event::{
     Abort, Action, Answer, Event, Failure, Finish, Kind, Notice, Outcome, Refusal, Request, Source, UpgradeId,
 };
 pub use generation::{End, Generation, GenerationId, Phase};
-pub use machine::{Machine, Stage};
+pub use machine::Machine;
 pub use policy::{Policy, RestartLimit, RestartWhen, Time};
+pub use stage::Stage;

@@ -339,6 +339,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_command_is_quoted_by_its_last_lines() {
+        let mut said = b"first\nsecond\r\n\n  third \x1b[2J\nfourth".to_vec();
+        assert_eq!(last_lines(&said), "; it said: second | third \u{fffd}[2J | fourth");
+        assert_eq!(last_lines(b" \n"), "");
+        said.extend([b'x'; WORDS]);
+        shorten(&mut said);
+        assert_eq!(said, [b'x'; WORDS]);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn whoever_answers_where_nobody_is_meant() {
+        let anybody = Context { anybody: true, ..context(vec![1]) };
+        once(&http_at(server("HTTP/1.1 200 OK")), &anybody).await.unwrap();
+        let why = once(&http_at(server("HTTP/1.1 503 No")), &anybody).await.unwrap_err().to_string();
+        assert!(why.ends_with("answered with status 503"), "{why}");
+    }
+
     #[tokio::test(flavor = "current_thread")]
     async fn an_answer_by_another_process_is_a_no() {
         let probe = http_at(server("HTTP/1.1 200 OK"));

@@ -120,10 +120,11 @@ impl Driver {
         let Some((canary, _)) = self.under_way() else { return };
         let share = canary.shares.get(usize::from(step)).copied().unwrap_or_default();
         let from: Vec<_> = canary.from.iter().map(|network| Origin::network(network.address, network.bits)).collect();
+        let networks: Vec<_> = canary.from.iter().map(|network| format!(", all from {network}")).collect();
         if let Err(error) = self.adopted.share(candidate, incumbent, share, &from) {
             return self.canary_failed(candidate, error.to_string());
         }
-        tracing::info!(generation = %candidate, incumbent = %incumbent, "canary: gets {share} of new connections");
+        tracing::info!(generation = %candidate, incumbent = %incumbent, "canary: gets {share} of new connections{}", networks.concat());
         if let Some(running) = self.running.get_mut(&candidate).filter(|_| step == 0) {
             running.why_not = None;
             running.watchdog.fed(std::time::Instant::now());
@@ -149,6 +150,16 @@ impl Driver {
     pub(super) fn end_canary(&mut self) {
         self.canaries.checking = None;
         self.adopted.end_diverts();
+    }
+
+    /// Its processes are known: one that was ready before that is checked from now on.
+    pub(super) fn check_canary(&mut self, id: GenerationId) {
+        match self.machine.stage() {
+            Stage::Canary { flight, step, .. } if flight.candidate == id && self.canaries.checking.is_none() => {
+                self.begin_checks(id, step);
+            }
+            Stage::Canary { .. } | Stage::Idle | Stage::Starting(_) | Stage::Baking { .. } | Stage::Backoff { .. } => {}
+        }
     }
 
     fn begin_checks(&mut self, candidate: GenerationId, step: u16) {
@@ -239,6 +250,7 @@ impl Adopted {
         from: &[Origin],
     ) -> Result<(), SteerError> {
         let (part, rest) = share.weights();
+        self.diverted = from.to_vec();
         for group in self.groups.values_mut().filter(|group| !group.of(incumbent).is_empty()) {
             group.steer_weighted(&[(candidate, part), (incumbent, rest)])?;
             let from = if group.of(candidate).is_empty() { &[] } else { from };
@@ -246,7 +258,6 @@ impl Adopted {
                 group.divert(origin, candidate)?;
             }
         }
-        self.diverted = from.to_vec();
         Ok(())
     }
 

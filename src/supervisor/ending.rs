@@ -46,6 +46,7 @@ impl Driver {
                 }
                 self.listen_to(id);
                 self.await_ready(id);
+                self.check_canary(id);
                 self.record();
             }
             Err(error) if error.is_trap() && self.config.handoff == Handoff::Auto && !self.cannot_trap => {

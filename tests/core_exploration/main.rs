@@ -140,6 +140,7 @@ fn a_broken_core_is_seen() {
         (Mutation::RunsTheOldProgram, "7 fresh every time"),
         (Mutation::FinishesEarly, "1 never refused, 2 never lost"),
         (Mutation::EndsTheIncumbentInACanary, "3 ready first"),
+        (Mutation::SwitchesInACanary, world::CANARY),
     ] {
         let budget = Budget { stops: 1, canaries: 1, ..budget() };
         let exploration = Exploration { policy: policy(), budget, mutation: Some(mutation), canary: STEPS };

@@ -32,6 +32,7 @@ pub enum Mutation {
     RunsTheOldProgram,
     FinishesEarly,
     EndsTheIncumbentInACanary,
+    SwitchesInACanary,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -155,6 +156,9 @@ impl Mutation {
             }
             (Mutation::FinishesEarly, &Action::Drain(_)) if !matches!(before.stage(), Stage::Starting(_)) => {
                 actions.push(Action::Finish(zddsup::core::Finish::Stopped));
+            }
+            (Mutation::SwitchesInACanary, &Action::Share { candidate, incumbent, step: 1 }) => {
+                actions.push(Action::Switch { from: Some(incumbent), to: candidate });
             }
             (Mutation::EndsTheIncumbentInACanary, &Action::Share { incumbent, .. }) => {
                 actions.push(Action::Drain(incumbent));
