@@ -56,35 +56,41 @@ impl Site {
     pub fn load(&self) -> Config {
         Config { limit: PATIENCE * 3, workers: 2, ..Config::new(Target::Tcp(self.address)) }
     }
-}
 
-/// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
-/// connections that are used again. Each generation has one of those, and keeps it to the end.
-pub fn upgrade_under_load(supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
-    let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
-    let mut loads = vec![Load::start(load.clone()), kept()];
-    let all_go_on = |loads: &[Load]| {
-        for load in loads {
-            assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
-        }
-    };
-    all_go_on(&loads);
-    for _ in 0..5 {
-        supervisor.upgrade();
-        loads.push(kept());
+    /// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
+    /// connections that are used again. Each generation has one of those, and keeps it to the end.
+    pub fn upgrade_under_load(&self, supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
+        let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
+        let mut loads = vec![Load::start(load.clone()), kept()];
+        let all_go_on = |loads: &[Load]| {
+            for load in loads {
+                assert!(
+                    load.more(20, PATIENCE),
+                    "no answers at {}: {}\n{}",
+                    self.address,
+                    load.so_far(),
+                    supervisor.log()
+                );
+            }
+        };
         all_go_on(&loads);
+        for _ in 0..5 {
+            supervisor.upgrade();
+            loads.push(kept());
+            all_go_on(&loads);
+        }
+        let mut summaries = loads.into_iter().map(Load::stop);
+        let fresh = summaries.next().unwrap();
+        let mut reused = Summary::default();
+        for summary in summaries {
+            assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
+            reused.answered += summary.answered;
+            reused.connections += summary.connections;
+        }
+        println!("{fresh}\non connections that were used again: {} answered", reused.answered);
+        assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
+        let status = supervisor.wait_settled();
+        assert_eq!(status.serving.unwrap().0, 6);
+        (fresh, reused)
     }
-    let mut summaries = loads.into_iter().map(Load::stop);
-    let fresh = summaries.next().unwrap();
-    let mut reused = Summary::default();
-    for summary in summaries {
-        assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
-        reused.answered += summary.answered;
-        reused.connections += summary.connections;
-    }
-    println!("{fresh}\non connections that were used again: {} answered", reused.answered);
-    assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
-    let status = supervisor.wait_settled();
-    assert_eq!(status.serving.unwrap().0, 6);
-    (fresh, reused)
 }
