@@ -17,6 +17,8 @@ impl Driver {
         if !self.adopts() || self.cannot_trap {
             return;
         }
+        // Before the orphans without marker: one that has it still may write over it at any time.
+        let _those_with_marker_are_known_from_now_on = group.pids();
         let groups = || self.running.values().filter_map(|running| running.group.as_ref());
         let is_known = |pid| groups().any(|group| group.contains(Pid::from_raw(pid)).unwrap_or(true));
         let orphans = orphans::without_marker().unwrap_or_else(|error| {

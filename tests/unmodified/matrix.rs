@@ -50,9 +50,6 @@ pub struct Outcome {
     pub failed: u64,
 }
 
-/// Keep-alive connections hold their generation until they are closed: all of them may be there at once.
-const MANY: [&str; 2] = ["--max-draining", "10"];
-
 impl Server {
     /// Upgrades it under load, if it is installed.
     pub fn run(&self) {
@@ -64,7 +61,7 @@ impl Server {
             site.write(name, text);
         }
         self.build(&site);
-        let words: Vec<_> = MANY.iter().chain(self.flags).chain(&["--"]).chain(self.command).copied().collect();
+        let words: Vec<_> = self.flags.iter().chain(&["--"]).chain(self.command).copied().collect();
         let supervisor = site.start(&words);
         let load = crate::common::load::Config { exchange: self.exchange.clone(), ..site.load() };
         let (fresh, kept) = site.upgrade_under_load(&supervisor, &load);

@@ -301,6 +301,7 @@ const CADDY: &str = "{
   auto_https off
 }
 http://ADDRESS {
+  bind 127.0.0.1
   respond \"caddy\"
 }
 ";
