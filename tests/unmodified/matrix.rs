@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::common::load::Exchange;
 use crate::common::{example, real};
-use crate::stage::Site;
+use crate::stage::{upgrade_under_load, Site};
 
 /// A server, as the table has it. In all of its texts `ADDRESS` and `PORT` are where it is to listen.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ impl Server {
         let words: Vec<_> = self.flags.iter().chain(&["--"]).chain(self.command).copied().collect();
         let supervisor = site.start(&words);
         let load = crate::common::load::Config { exchange: self.exchange.clone(), ..site.load() };
-        let (fresh, kept) = site.upgrade_under_load(&supervisor, &load);
+        let (fresh, kept) = upgrade_under_load(&supervisor, &load);
         let outcome = Outcome {
             server: self.name.to_owned(),
             version: self.version(),

@@ -57,40 +57,40 @@ impl Site {
     pub fn load(&self) -> Config {
         Config { limit: PATIENCE * 3, workers: 2, ..Config::new(Target::Tcp(self.address)) }
     }
+}
 
-    /// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
-    /// connections that are used again. Each generation has one of those, for three upgrades: so many may drain at once.
-    pub fn upgrade_under_load(&self, supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
-        let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
-        let mut reused = Summary::default();
-        let mut over = |load: Load| {
-            let summary = load.stop();
-            assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
-            reused.answered += summary.answered;
-            reused.connections += summary.connections;
-        };
-        let fresh = Load::start(load.clone());
-        let mut loads = VecDeque::from([kept()]);
-        for upgrade in 0..=5 {
-            for load in loads.iter().chain([&fresh]) {
-                let so_far = || format!("{}\n{}", load.so_far(), supervisor.log());
-                assert!(load.more(20, PATIENCE), "no answers at {}: {}", self.address, so_far());
-            }
-            if upgrade == 5 {
-                break;
-            }
-            if loads.len() == 3 {
-                loads.pop_front().map(&mut over);
-            }
-            supervisor.upgrade();
-            loads.push_back(kept());
+/// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
+/// connections that are used again. Each generation has one of those, for three upgrades: so many may drain at once.
+pub fn upgrade_under_load(supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
+    let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
+    let mut reused = Summary::default();
+    let mut over = |load: Load| {
+        let summary = load.stop();
+        assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
+        reused.answered += summary.answered;
+        reused.connections += summary.connections;
+    };
+    let fresh = Load::start(load.clone());
+    let mut loads = VecDeque::from([kept()]);
+    for upgrade in 0..=5 {
+        for load in loads.iter().chain([&fresh]) {
+            let so_far = || format!("{}\n{}", load.so_far(), supervisor.log());
+            assert!(load.more(20, PATIENCE), "no answers: {}", so_far());
         }
-        loads.into_iter().for_each(&mut over);
-        let fresh = fresh.stop();
-        println!("{fresh}\non connections that were used again: {} answered", reused.answered);
-        assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
-        let status = supervisor.wait_settled();
-        assert_eq!(status.serving.unwrap().0, 6);
-        (fresh, reused)
+        if upgrade == 5 {
+            break;
+        }
+        if loads.len() == 3 {
+            loads.pop_front().map(&mut over);
+        }
+        supervisor.upgrade();
+        loads.push_back(kept());
     }
+    loads.into_iter().for_each(&mut over);
+    let fresh = fresh.stop();
+    println!("{fresh}\non connections that were used again: {} answered", reused.answered);
+    assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
+    let status = supervisor.wait_settled();
+    assert_eq!(status.serving.unwrap().0, 6);
+    (fresh, reused)
 }

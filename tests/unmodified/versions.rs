@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use crate::common::load::Load;
 use crate::common::real::installed;
 use crate::common::{processes_with, puppet, wait_for, Supervisor, PATIENCE};
-use crate::stage::Site;
+use crate::stage::{upgrade_under_load, Site};
 
 /// A server that is a shell script, under load.
 struct Scripted {
@@ -133,7 +133,7 @@ fn nginx_as_a_daemon() {
         let nginx = ["nginx", "-p", ".", "-e", "stderr", "-c", "nginx.conf", "-g", "pid nginx-{generation}.pid;"];
         let words = [&["--stop-signal", "QUIT", "--"], &nginx[..]].concat();
         let supervisor = site.start(&words);
-        site.upgrade_under_load(&supervisor, &site.load());
+        upgrade_under_load(&supervisor, &site.load());
         let before = supervisor.serving().pid;
         supervisor.kill_alone();
         let supervisor = site.start(&words);
