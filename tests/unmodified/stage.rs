@@ -94,3 +94,18 @@ pub fn upgrade_under_load(supervisor: &Supervisor, load: &Config) -> (Summary, S
     assert_eq!(status.serving.unwrap().0, 6);
     (fresh, reused)
 }
+
+/// An upgrade that fails for this reason, of which the load sees nothing.
+pub fn refuse_under_load(supervisor: &Supervisor, load: &Config, reason: &str) -> Summary {
+    let load = Load::start(load.clone());
+    assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
+    let output = supervisor.cli(&["upgrade"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains(reason), "{said}");
+    supervisor.wait_settled();
+    assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
+    let summary = load.stop();
+    summary.assert_clean();
+    summary
+}
