@@ -10,6 +10,9 @@ use crate::drain::connections::has_socket;
 use crate::process::group::Member;
 use crate::process::orphans;
 
+/// More processes than a program forks one after the other to get to the background.
+const MOST_STEPS: usize = 8;
+
 impl Driver {
     /// A generation's main process ended, and zddsup is the parent of its orphans now.
     pub(super) fn claim_orphans(&self, id: GenerationId) {
@@ -35,7 +38,8 @@ impl Driver {
             return false;
         }
         // One that is gone meanwhile was a step on the way to the daemon.
-        while let Some(pid) = self.lives_on(id) {
+        for _ in 0..MOST_STEPS {
+            let Some(pid) = self.lives_on(id) else { break };
             let found = Member::of(Pid::from_raw(pid)).and_then(|member| Ok((member, member.open()?)));
             if let Ok((member, pidfd)) = found {
                 tracing::info!(generation = %id, pid, "its first process exited with status 0: this one is its main process now");
