@@ -10,6 +10,9 @@ use crate::drain::connections::has_socket;
 use crate::process::group::Member;
 use crate::process::orphans;
 
+/// More processes than a program forks one after the other to get to the background.
+const MOST_STEPS: usize = 8;
+
 impl Driver {
     /// A generation's main process ended, and zddsup is the parent of its orphans now.
     pub(super) fn claim_orphans(&self, id: GenerationId) {
@@ -17,6 +20,8 @@ impl Driver {
         if !self.adopts() || self.cannot_trap {
             return;
         }
+        // Before the orphans without marker: one that has it still may write over it at any time.
+        let _those_with_marker_are_known_from_now_on = group.pids();
         let groups = || self.running.values().filter_map(|running| running.group.as_ref());
         let is_known = |pid| groups().any(|group| group.contains(Pid::from_raw(pid)).unwrap_or(true));
         let orphans = orphans::without_marker().unwrap_or_else(|error| {
@@ -33,7 +38,8 @@ impl Driver {
             return false;
         }
         // One that is gone meanwhile was a step on the way to the daemon.
-        while let Some(pid) = self.lives_on(id) {
+        for _ in 0..MOST_STEPS {
+            let Some(pid) = self.lives_on(id) else { break };
             let found = Member::of(Pid::from_raw(pid)).and_then(|member| Ok((member, member.open()?)));
             if let Ok((member, pidfd)) = found {
                 tracing::info!(generation = %id, pid, "its first process exited with status 0: this one is its main process now");

@@ -7,9 +7,9 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use crate::common::load::Exchange;
+use crate::common::load::{Exchange, Summary};
 use crate::common::{example, real};
-use crate::stage::{upgrade_under_load, Site};
+use crate::stage::{refuse_under_load, upgrade_under_load, Site};
 
 /// A server, as the table has it. In all of its texts `ADDRESS` and `PORT` are where it is to listen.
 #[derive(Debug)]
@@ -28,11 +28,13 @@ pub struct Server {
     pub command: &'static [&'static str],
     /// Where it does not speak HTTP.
     pub exchange: Option<Exchange>,
+    /// It cannot be upgraded like this: what a second process says before it ends.
+    pub cannot: Option<&'static str>,
 }
 
 /// To begin a definition with.
 pub const SERVER: Server =
-    Server { name: "", probe: &[], files: &[], build: &[], flags: &[], command: &[], exchange: None };
+    Server { name: "", probe: &[], files: &[], build: &[], flags: &[], command: &[], exchange: None, cannot: None };
 
 /// What came of a server. A line of the result file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,9 +52,6 @@ pub struct Outcome {
     pub failed: u64,
 }
 
-/// Keep-alive connections hold their generation until they are closed: all of them may be there at once.
-const MANY: [&str; 2] = ["--max-draining", "10"];
-
 impl Server {
     /// Upgrades it under load, if it is installed.
     pub fn run(&self) {
@@ -64,14 +63,17 @@ impl Server {
             site.write(name, text);
         }
         self.build(&site);
-        let words: Vec<_> = MANY.iter().chain(self.flags).chain(&["--"]).chain(self.command).copied().collect();
+        let words: Vec<_> = self.flags.iter().chain(&["--"]).chain(self.command).copied().collect();
         let supervisor = site.start(&words);
         let load = crate::common::load::Config { exchange: self.exchange.clone(), ..site.load() };
-        let (fresh, kept) = upgrade_under_load(&supervisor, &load);
+        let (upgrades, (fresh, kept)) = match self.cannot {
+            Some(reason) => (0, (refuse_under_load(&supervisor, &load, reason), Summary::default())),
+            None => (5, upgrade_under_load(&supervisor, &load)),
+        };
         let outcome = Outcome {
             server: self.name.to_owned(),
             version: self.version(),
-            upgrades: 5,
+            upgrades,
             fresh: fresh.answered,
             kept: kept.answered,
             kept_connections: kept.connections,

@@ -174,6 +174,16 @@ servers! {
         exchange: Some(Exchange { request: QUERY, answer: dns }),
         ..SERVER
     },
+    // The pid file's place is in the configuration alone, and both would write the same databases.
+    knot: Server {
+        name: "knot VERSION",
+        probe: &["knotd", "--version"],
+        files: &[("knot.conf", KNOT), ("test.zone", ZONE)],
+        command: &["knotd", "-c", "knot.conf"],
+        exchange: Some(Exchange { request: QUERY, answer: dns }),
+        cannot: Some("server PID found, already running"),
+        ..SERVER
+    },
 }
 
 const SOCKETSERVER: &str = "
@@ -301,6 +311,7 @@ const CADDY: &str = "{
   auto_https off
 }
 http://ADDRESS {
+  bind 127.0.0.1
   respond \"caddy\"
 }
 ";
@@ -323,6 +334,28 @@ server:
   local-data: \"name.test. IN A 192.0.2.1\"
 remote-control:
   control-enable: no
+";
+
+const KNOT: &str = "
+server:
+  rundir: .
+  listen: 127.0.0.1@PORT
+database:
+  storage: .
+log:
+  - target: stderr
+    any: error
+zone:
+  - domain: test.
+    storage: .
+    file: test.zone
+";
+
+const ZONE: &str = "
+test. 3600 SOA ns.test. root.test. 1 3600 600 86400 300
+test. 3600 NS ns.test.
+ns.test. 3600 A 192.0.2.1
+name.test. 3600 A 192.0.2.1
 ";
 
 /// `name.test. IN A ?`, with its length before it as TCP has it (RFC 1035, 4.1 and 4.2.2).

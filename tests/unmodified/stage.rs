@@ -1,5 +1,6 @@
 //! A server that binds for itself, on a port that nobody else has.
 
+use std::collections::VecDeque;
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -72,32 +73,52 @@ impl Site {
 }
 
 /// Five upgrades in which nothing fails: what a load with a connection per request saw, and what the others saw on
-/// connections that are used again. Each generation has one of those, and keeps it to the end.
+/// connections that are used again. Each generation has one of those, for three upgrades: so many may drain at once.
 pub fn upgrade_under_load(supervisor: &Supervisor, load: &Config) -> (Summary, Summary) {
     let kept = || Load::start(Config { workers: 1, ..load.clone().keep_alive() });
-    let mut loads = vec![Load::start(load.clone()), kept()];
-    let all_go_on = |loads: &[Load]| {
-        for load in loads {
-            assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
-        }
-    };
-    all_go_on(&loads);
-    for _ in 0..5 {
-        supervisor.upgrade();
-        loads.push(kept());
-        all_go_on(&loads);
-    }
-    let mut summaries = loads.into_iter().map(Load::stop);
-    let fresh = summaries.next().unwrap();
     let mut reused = Summary::default();
-    for summary in summaries {
+    let mut over = |load: Load| {
+        let summary = load.stop();
         assert_eq!(summary.failed(), 0, "{summary}\n{}", supervisor.log());
         reused.answered += summary.answered;
         reused.connections += summary.connections;
+    };
+    let fresh = Load::start(load.clone());
+    let mut loads = VecDeque::from([kept()]);
+    for upgrade in 0..=5 {
+        for load in loads.iter().chain([&fresh]) {
+            let so_far = || format!("{}\n{}", load.so_far(), supervisor.log());
+            assert!(load.more(20, PATIENCE), "no answers: {}", so_far());
+        }
+        if upgrade == 5 {
+            break;
+        }
+        if loads.len() == 3 {
+            loads.pop_front().map(&mut over);
+        }
+        supervisor.upgrade();
+        loads.push_back(kept());
     }
+    loads.into_iter().for_each(&mut over);
+    let fresh = fresh.stop();
     println!("{fresh}\non connections that were used again: {} answered", reused.answered);
     assert_eq!(fresh.failed(), 0, "{fresh}\n{}", supervisor.log());
     let status = supervisor.wait_settled();
     assert_eq!(status.serving.unwrap().0, 6);
     (fresh, reused)
+}
+
+/// An upgrade that fails for this reason, of which the load sees nothing.
+pub fn refuse_under_load(supervisor: &Supervisor, load: &Config, reason: &str) -> Summary {
+    let load = Load::start(load.clone());
+    assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
+    let output = supervisor.cli(&["upgrade"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains(reason), "{said}");
+    supervisor.wait_settled();
+    assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), supervisor.log());
+    let summary = load.stop();
+    summary.assert_clean();
+    summary
 }

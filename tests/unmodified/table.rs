@@ -38,22 +38,25 @@ fn has_these_servers_and_nothing_failed() {
     }
 }
 
-/// Whether a row is this server's: any version, any number of requests, and none that failed.
+/// Whether a row is this server's: any version, any number of requests, and none that failed; or why it cannot.
 fn is_of(row: &str, server: &Server) -> bool {
     let cells: Vec<_> = row.split(" | ").map(|cell| cell.trim_matches(['|', ' '])).collect();
     let [name, command, fresh, kept, failed] = cells[..] else { return false };
     let (before, after) = server.name.split_once("VERSION").unwrap();
     let number = |cell: &str| cell.split(' ').next().and_then(|number| number.replace(',', "").parse::<u64>().ok());
-    name.starts_with(before)
-        && name.ends_with(after)
-        && command == format!("`{}`", server.typed())
-        && number(fresh) > Some(0)
-        && (number(kept) > Some(0) || kept == "–")
-        && failed == "0"
+    let counted = match server.cannot {
+        Some(reason) => fresh == cannot(reason),
+        None => number(fresh) > Some(0) && (number(kept) > Some(0) || kept == "–") && failed == "0",
+    };
+    name.starts_with(before) && name.ends_with(after) && command == format!("`{}`", server.typed()) && counted
 }
 
 fn row(server: &Server) -> String {
     let outcome = Outcome::newest(server).unwrap_or_else(|| panic!("no result for {}: run its test", server.name));
+    if let Some(reason) = server.cannot {
+        let name = server.name.replace("VERSION", &outcome.version);
+        return format!("| {name} | `{}` | {} | – | – |\n", server.typed(), cannot(reason));
+    }
     assert_eq!(outcome.upgrades, 5);
     let kept = match outcome.kept_connections {
         connections if connections == outcome.kept => "–".to_owned(),
@@ -66,6 +69,10 @@ fn row(server: &Server) -> String {
         thousands(outcome.fresh),
         outcome.failed,
     )
+}
+
+fn cannot(reason: &str) -> String {
+    format!("not upgraded: a second process ends with “{reason}”")
 }
 
 fn thousands(number: u64) -> String {

@@ -131,7 +131,7 @@ fn nginx_as_a_daemon() {
              http { access_log off; server { listen ADDRESS; location / { return 200 'nginx\\n'; } } }\n",
         );
         let nginx = ["nginx", "-p", ".", "-e", "stderr", "-c", "nginx.conf", "-g", "pid nginx-{generation}.pid;"];
-        let words = [&["--max-draining", "10", "--stop-signal", "QUIT", "--"], &nginx[..]].concat();
+        let words = [&["--stop-signal", "QUIT", "--"], &nginx[..]].concat();
         let supervisor = site.start(&words);
         upgrade_under_load(&supervisor, &site.load());
         let before = supervisor.serving().pid;
