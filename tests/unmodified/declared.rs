@@ -148,6 +148,19 @@ fn a_killed_supervisor_is_succeeded() {
     second.wait_settled();
 }
 
+#[test]
+fn a_socket_that_was_shut_down_is_replaced() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1\n--shutdown-listener\n--drain-ms 500");
+    site.write("script", "--version 2\n");
+    kill(Pid::from_raw(supervisor.serving().pid.unwrap()), Signal::SIGTERM).unwrap();
+    supervisor.wait_for_log("for whoever comes next");
+    assert!(request(site.address, "/").contains("version=2 "));
+    site.write("script", "--version 3\n");
+    supervisor.upgrade();
+    assert!(request(site.address, "/").contains("version=3 "));
+}
+
 /// Does before bind(2) what an injected socket would lose, and says what became of it.
 const CAREFUL: &str = "
 import os, select, socket, struct
