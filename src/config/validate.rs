@@ -51,7 +51,7 @@ pub enum ConfigError {
     )]
     AdoptsAndShares,
     /// There is one socket of it.
-    #[error("--switch steered: listener {listener} ({address}) {why}")]
+    #[error("listener {listener} ({address}) cannot be steered: it {why}")]
     CannotSteer {
         /// Which.
         listener: String,
@@ -204,11 +204,16 @@ impl ServiceConfig {
                 return Err(ConfigError::AdoptsOther { listener, address });
             }
         }
+        if let Some(others) = self.listeners.iter().find(|listener| self.steers() && listener.options.reuseport) {
+            let why = "has reuseport: others may listen there too, and would be steered; leave it away";
+            let (listener, address) = in_words(others);
+            return Err(ConfigError::CannotSteer { listener, address, why });
+        }
         if self.switch == Switch::Steered {
             let is_unix = |listener: &&ListenerSpec| matches!(listener.address, Address::Unix { .. });
             if let Some(unix) = self.listeners.iter().find(is_unix) {
                 let ((listener, address), why) =
-                    (in_words(unix), "is a Unix socket, of which Linux has one: use --switch shared");
+                    (in_words(unix), "is a Unix socket, and Linux steers none; use --switch shared");
                 return Err(ConfigError::CannotSteer { listener, address, why });
             }
         }
@@ -268,11 +273,11 @@ impl ServiceConfig {
             if listener.is_passed() && (listener.is_steered() || self.switch == Switch::Steered) {
                 return cannot(
                     listener,
-                    "was passed by systemd, and stays its own: use --switch shared, or --listen alone",
+                    "was passed by systemd, and stays its own; use --switch shared, or let zddsup listen",
                 );
             }
             if listener.is_steered() && !listener.is_shareable() {
-                let why = "was made by the supervisor before to be shared: go on with --switch shared, or run \
+                let why = "was made by the supervisor before to be shared; go on with --switch shared, or run \
                            `zddsup stop` first";
                 return cannot(listener, why);
             }
@@ -420,6 +425,7 @@ mod tests {
     fn what_cannot_be_steered_is_refused() {
         for (args, part) in [
             (["-l", "/run/s", "--switch", "steered", "true"].as_slice(), "is a Unix socket"),
+            (&["-l", ":8?reuseport", "--handoff", "adopt", "true"], "has reuseport"),
             (&["--handoff", "adopt", "--switch", "shared", "true"], "leave one of the two away"),
             (&["-l", "udp://:8", "--handoff", "adopt", "true"], "leave it away"),
             (&["-l", ":8", "--handoff", "adopt", "x", "{fd:listener}"], "--handoff auto or fds"),

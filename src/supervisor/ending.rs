@@ -132,6 +132,7 @@ impl Driver {
         }
         let alone = running.group.as_ref().is_none_or(|group| group.is_empty().unwrap_or(false));
         tracing::info!(generation = %id, pid = pid.as_raw(), "{}", describe(end));
+        self.steer_to_the_only_one(id);
         self.happened(Event::Exited { generation: id, end, alone });
         if !alone {
             self.sweep_due = Some(Instant::now() + LOOK_AGAIN);

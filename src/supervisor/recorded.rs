@@ -65,6 +65,9 @@ pub struct RecordedListener {
     /// The generation whose own it is, where generations do not share it; each address in the kernel's order.
     #[serde(default)]
     pub adopted_from: Option<GenerationId>,
+    /// Those of one address.
+    #[serde(default)]
+    pub group: String,
 }
 
 impl Recorded {
@@ -126,7 +129,12 @@ mod tests {
                 marker: "m".to_owned(),
                 role: Role::Serving,
             }],
-            vec![RecordedListener { name: "http".to_owned(), inode: 9, adopted_from: Some(GenerationId(7)) }],
+            vec![RecordedListener {
+                name: "http".to_owned(),
+                inode: 9,
+                adopted_from: Some(GenerationId(7)),
+                group: "g".to_owned(),
+            }],
         );
         recorded.write(&path).unwrap();
         assert_eq!(Recorded::read(&path), Some(recorded));

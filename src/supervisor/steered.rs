@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use super::adopting::{Adopted, LOOK_AGAIN};
 use super::driver::Driver;
 use super::spawning::LaunchError;
-use crate::core::GenerationId;
+use crate::core::{GenerationId, Stage};
 use crate::drain::diag;
 use crate::drain::retired::Retired;
 use crate::listener::steering::{Group, Key, Origin, Protocol};
@@ -195,6 +195,21 @@ impl Driver {
             self.adopted.leave(NOBODY, socket);
         }
         None
+    }
+
+    /// The one that served is gone while another starts: what is new waits for that one, as nobody else could take it. If it
+    /// fails, its sockets are the next one's.
+    pub(super) fn steer_to_the_only_one(&mut self, gone: GenerationId) {
+        let Stage::Starting(flight) = self.machine.stage() else { return };
+        if self.machine.serving() != Some(gone) {
+            return;
+        }
+        let candidate = flight.candidate;
+        for group in self.adopted.groups.values_mut().filter(|group| !group.of(candidate).is_empty()) {
+            if let Err(error) = group.steer_to(candidate) {
+                tracing::error!(generation = %candidate, "{error}");
+            }
+        }
     }
 
     /// Puts right what a generation did to sockets of its own: the queue's size; and shutdown(2), after which another

@@ -48,28 +48,28 @@ impl Orphans {
         let Some(recorded) = Recorded::read(state_file) else { return Orphans::default() };
         let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
         let mut sockets = BTreeMap::new();
-        let mut adopted = Vec::new();
+        let mut groups: BTreeMap<String, Vec<Option<(GenerationId, OwnedFd)>>> = BTreeMap::new();
         let serves =
             |id| generations.iter().any(|orphan| orphan.recorded.number == id && orphan.recorded.role == Role::Serving);
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            if let Some(fd) = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
-                match listener.adopted_from {
-                    Some(owner) => {
-                        // One of several: that of the generation that serves, if it has one.
-                        if !listener.name.is_empty() && (serves(owner) || !sockets.contains_key(&listener.name)) {
-                            if let Ok(copy) = fd.try_clone() {
-                                sockets.insert(listener.name, copy);
-                            }
-                        }
-                        adopted.push((owner, fd));
+            let found = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode));
+            match (listener.adopted_from, found) {
+                (Some(owner), found) => {
+                    // One of several: that of the generation that serves, if it has one.
+                    let wanted = !listener.name.is_empty() && (serves(owner) || !sockets.contains_key(&listener.name));
+                    if let Some(copy) = found.as_ref().filter(|_| wanted).and_then(|fd| fd.try_clone().ok()) {
+                        sockets.insert(listener.name, copy);
                     }
-                    None => drop(sockets.insert(listener.name, fd)),
+                    groups.entry(listener.group).or_default().push(found.map(|fd| (owner, fd)));
                 }
-            } else if listener.adopted_from.is_none() {
-                tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
+                (None, Some(fd)) => drop(sockets.insert(listener.name, fd)),
+                (None, None) => {
+                    tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
+                }
             }
         }
+        let adopted = groups.into_values().flat_map(in_order).collect();
         Orphans { generations, sockets, adopted }
     }
 
@@ -91,6 +91,15 @@ impl Orphan {
         let lives = main.is_some() || !group.is_empty().unwrap_or(true);
         lives.then_some(Orphan { recorded, main, group })
     }
+}
+
+/// The sockets of an address as the kernel has them now: into the place of one that nobody holds any more, the last moved
+/// (`reuseport_detach_sock`).
+fn in_order<T>(mut recorded: Vec<Option<T>>) -> Vec<T> {
+    while let Some(gone) = recorded.iter().position(Option::is_none) {
+        recorded.swap_remove(gone);
+    }
+    recorded.into_iter().flatten().collect()
 }
 
 /// A copy of a process' socket with that inode.
@@ -208,12 +217,14 @@ impl Driver {
                 name: listener.name().to_owned(),
                 inode: listener.inode(),
                 adopted_from: None,
+                group: String::new(),
             })
             .chain(self.adopted.sockets().map(|(key, owner, socket)| RecordedListener {
                 name:
                     self.adopted.declared.get(key).map_or_else(String::new, |at| self.listeners[*at].name().to_owned()),
                 inode: fstat(socket).map_or(0, |found| found.st_ino),
                 adopted_from: Some(owner),
+                group: key.to_string(),
             }))
             .collect();
         if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
@@ -245,5 +256,15 @@ impl Driver {
                 | Phase::Clearing { .. } => Role::Leaving,
             },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_last_one_moves_into_a_hole() {
+        assert_eq!(super::in_order(vec![None, Some(2), Some(3), Some(4)]), [4, 2, 3]);
+        assert_eq!(super::in_order(vec![Some(1), None, None]), [1]);
+        assert!(super::in_order(vec![None::<u8>]).is_empty());
     }
 }

@@ -58,3 +58,25 @@ fn a_bad_application() {
     site.upgrade_fails(&supervisor, &["No module named 'no_such_module_as_this_one'", "never stopped"]);
     assert_eq!(supervisor.serving().pid, before.pid);
 }
+
+const STEERED: &str = "--listen 127.0.0.1:8080 --switch steered --drain observe --ready http://127.0.0.1:8080/ -- \
+     gunicorn --workers 2 wsgi:app";
+
+/// Without `--preload` it accepts, and says READY=1, before its application is loaded. With a socket of its own it gets
+/// nothing until it answers.
+#[test]
+fn steered() {
+    let Some(outcome) = upgraded(STEERED, str::to_owned) else { return };
+    outcome.per_request.assert_clean();
+    outcome.keep_alive.assert_clean();
+}
+
+#[test]
+fn a_bad_application_that_is_not_loaded_first() {
+    let Some(site) = site() else { return };
+    let supervisor = site.start(STEERED, str::to_owned);
+    let before = supervisor.serving();
+    site.write("wsgi.py", "import no_such_module_as_this_one\n");
+    site.upgrade_fails(&supervisor, &["No module named 'no_such_module_as_this_one'"]);
+    assert_eq!(supervisor.serving().pid, before.pid);
+}

@@ -182,6 +182,51 @@ fn with_nobody_alive_connections_wait() {
 }
 
 #[test]
+fn one_that_starts_while_the_old_one_dies_gets_what_comes() {
+    let stage = start(&["--ready", "notify"], "--version 1");
+    let address = stage.address();
+    let first = stage.serving().pid.unwrap();
+    stage.next("--version 2 --ready delay-ms=1500");
+    stage.signal(Signal::SIGHUP);
+    stage.wait_until("the new one runs", |status| {
+        status.generations.iter().any(|generation| generation.number.0 == 2 && generation.pid.is_some())
+    });
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    stage.wait_until("nobody serves, or the new one", |status| status.serving.is_none_or(|serving| serving.0 == 2));
+    for _ in 0..20 {
+        assert!(request(address, "/").contains("version=2 "));
+    }
+    stage.wait_settled();
+    assert!(!stage.log().contains("are reset"), "{}", stage.log());
+}
+
+#[test]
+fn both_versions_of_ip_are_steered() {
+    let stage =
+        Stage::start_on(":0", &["--switch", "steered", "--ready", "notify", "--start-timeout", "2s"], "--version 1");
+    let port: u16 = stage.status().listeners[0].address.rsplit(':').next().unwrap().parse().unwrap();
+    let answers = |version: &str| {
+        for ip in [std::net::IpAddr::from([127, 0, 0, 1]), "::1".parse().unwrap()] {
+            for _ in 0..20 {
+                let answer = request((ip, port).into(), "/");
+                assert!(answer.contains(version), "{ip}: {answer}");
+            }
+        }
+    };
+    answers("version=1 ");
+    stage.next("--version 2 --ready none");
+    stage.signal(Signal::SIGHUP);
+    stage.wait_until("the new one runs", |status| {
+        status.generations.iter().any(|generation| generation.number.0 == 2 && generation.pid.is_some())
+    });
+    answers("version=1 ");
+    stage.wait_for_report("it failed", |report| report.result == Some(UpgradeResult::Failed));
+    stage.next("--version 3");
+    stage.upgrade();
+    answers("version=3 ");
+}
+
+#[test]
 fn a_listener_that_was_shut_down_is_replaced() {
     let stage = start(&[], "--version 1 --shutdown-listener --drain-ms 500 --listen-backlog 1");
     let address = stage.address();

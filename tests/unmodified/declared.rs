@@ -10,7 +10,7 @@ use nix::unistd::{geteuid, Pid};
 
 use crate::common::load::{Config, Load, Target};
 use crate::common::real::installed;
-use crate::common::{puppet, request, try_request, Supervisor, PATIENCE};
+use crate::common::{puppet, request, try_request, wait_for, Supervisor, PATIENCE};
 use crate::stage::Site;
 use crate::steering;
 
@@ -148,6 +148,19 @@ fn a_killed_supervisor_is_succeeded() {
     second.wait_settled();
 }
 
+#[test]
+fn a_socket_that_was_shut_down_is_replaced() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1\n--shutdown-listener\n--drain-ms 500");
+    site.write("script", "--version 2\n");
+    kill(Pid::from_raw(supervisor.serving().pid.unwrap()), Signal::SIGTERM).unwrap();
+    supervisor.wait_for_log("for whoever comes next");
+    assert!(request(site.address, "/").contains("version=2 "));
+    site.write("script", "--version 3\n");
+    supervisor.upgrade();
+    assert!(request(site.address, "/").contains("version=3 "));
+}
+
 /// Does before bind(2) what an injected socket would lose, and says what became of it.
 const CAREFUL: &str = "
 import os, select, socket, struct
@@ -200,6 +213,50 @@ fn what_a_program_did_before_bind_is_kept_and_the_options_of_listen_are_set() {
         assert_eq!(request(site.address, "/"), wanted(version));
     }
     load.stop().assert_clean();
+}
+
+/// The same server, as most are: epoll comes last, and there are no copies.
+fn usual(version: u32, between: &str) -> String {
+    let text =
+        CAREFUL.replace("waiter.register(listener.fileno(), select.EPOLLIN)\ncopy = os.dup(listener.fileno())\n", "");
+    let listen = format!("{between}\nlistener.listen(3)\nwaiter.register(listener.fileno(), select.EPOLLIN)");
+    text.replace("socket.socket(fileno=copy).listen(3)", &listen).replace("VERSION", &version.to_string())
+}
+
+#[test]
+fn a_socket_with_what_waits_has_the_flags_that_the_program_gave_to_its_own() {
+    if !installed("python3", &["/usr/bin/python3", "--version"]) {
+        return;
+    }
+    let site = Site::new();
+    site.write("server.py", &usual(1, ""));
+    let words = ["--handoff", "adopt", "--listen", "ADDRESS?backlog=77", "--", "/usr/bin/python3", "server.py"];
+    let supervisor = site.start(&words);
+    let pid = Pid::from_raw(supervisor.serving().pid.unwrap());
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let clients = waiting(site.address, 20);
+    // The dead one's socket does not block, and this one's own does.
+    site.write("server.py", &usual(2, "").replace("listener.setblocking(False)", ""));
+    kill(pid, Signal::SIGKILL).unwrap();
+    answered(clients, "backlog=77 keepalive=1 blocks=True inherits=False version=2 ", &supervisor);
+}
+
+#[test]
+fn what_comes_between_bind_and_listen_is_answered() {
+    if !installed("python3", &["/usr/bin/python3", "--version"]) {
+        return;
+    }
+    let site = Site::new();
+    let between = "import time\nopen('bound', 'w')\nwhile not os.path.exists('go'): time.sleep(0.05)";
+    site.write("server.py", &usual(1, between));
+    let words = ["--handoff", "adopt", "--listen", "ADDRESS", "--", "/usr/bin/python3", "server.py"];
+    let supervisor = site.spawn(&words);
+    wait_for("it has bound", || site.path("bound").exists());
+    let clients = waiting(site.address, 20);
+    site.write("go", "");
+    answered(clients, "version=1 ", &supervisor);
+    // What came after listen(2) goes the same way.
+    answered(waiting(site.address, 5), "version=1 ", &supervisor);
 }
 
 #[test]
