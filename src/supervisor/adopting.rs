@@ -19,6 +19,7 @@ use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use socket2::{SockRef, Type};
 
 use super::driver::{Driver, Input};
+use super::locals::Locals;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
 use crate::drain::connections::Places;
@@ -40,6 +41,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub struct Adopted {
     pub(super) groups: BTreeMap<Key, Group>,
+    pub(super) locals: Locals,
     /// Of generations that are gone, until their queues are empty.
     left: Vec<(Key, Retired)>,
     /// Ports that the kernel chose for a service that bound port 0: the next generation gets the same.
@@ -121,6 +123,7 @@ impl Driver {
             }
         });
         running.tasks.add(&task);
+        self.guard_files();
     }
 
     /// A generation called bind(2) or listen(2), and waits.
@@ -158,7 +161,8 @@ impl Driver {
         match notification.call {
             Call::Bind { fd, address, length } => match caller.address(address, length)? {
                 Address::Inet(address) => self.binds(id, &caller, fd, address),
-                Address::Unix(_) | Address::Other => Ok(Verdict::GoesOn),
+                Address::Unix(name) => self.binds_local(id, &caller, fd, name),
+                Address::Other => Ok(Verdict::GoesOn),
             },
             Call::Listen { fd, backlog } => Ok(self.listens(id, caller.copy(fd)?, backlog)),
         }
@@ -246,6 +250,9 @@ impl Driver {
     }
 
     fn listens(&mut self, id: GenerationId, socket: OwnedFd, backlog: i32) -> Verdict {
+        if self.listens_local(id, &socket) {
+            return Verdict::GoesOn;
+        }
         let Ok(Some(key)) = Key::of(&socket) else { return Verdict::GoesOn };
         if key.protocol() != Protocol::Tcp {
             return Verdict::GoesOn;
@@ -299,9 +306,10 @@ impl Driver {
         }
         self.forget_closed_by_who_serves();
         let own = self.adopted.addresses(id);
-        let missing: Vec<_> = self.expected().into_iter().filter(|key| !own.contains(key)).collect();
-        for key in &missing {
-            let why = format!("does not listen on {key} yet, where the generation before does");
+        let missing = self.expected().into_iter().filter(|key| !own.contains(key)).map(|key| key.to_string());
+        let missing: Vec<_> = missing.chain(self.missing_locals(id)).collect();
+        for place in &missing {
+            let why = format!("does not listen on {place} yet, where the generation before does");
             if given_up {
                 tracing::warn!(generation = %id, "{why}: taken as ready without it");
             } else if let Some(running) = self.running.get_mut(&id) {
@@ -331,11 +339,13 @@ impl Driver {
             }
         }
         self.adopted.chosen = chosen;
+        self.switch_locals(to);
         self.tend_left();
     }
 
     /// A generation is gone. Its sockets stay until what waits in their queues is gone too, or somebody takes it.
     pub(super) fn leave_sockets(&mut self, id: GenerationId) {
+        self.leave_locals(id);
         for socket in self.adopted.of(id) {
             let Ok(Some(key)) = Key::of(&*socket) else { continue };
             match Retired::new(socket) {
@@ -394,7 +404,7 @@ impl Driver {
 
     /// Whether it gets datagrams, of which nobody can see how long it takes to answer them.
     pub(super) fn gets_datagrams(&self, id: GenerationId) -> bool {
-        self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
+        self.gets_local_datagrams(id) || self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
     }
 
     /// Whether connections that a generation has not accepted yet, or datagrams, wait in its sockets' queues.
@@ -402,7 +412,7 @@ impl Driver {
         // One of TCP that was shut down is readable and has no queue.
         let waits =
             |socket: &OwnedFd| queue_length(socket).map(|queue| queue > Some(0)).or_else(|_| is_readable(socket));
-        self.adopted.of(id).iter().any(|socket| waits(socket).unwrap_or(false))
+        self.has_waiting_local(id) || self.adopted.of(id).iter().any(|socket| waits(socket).unwrap_or(false))
     }
 
     /// Where connections are counted.
@@ -412,6 +422,7 @@ impl Driver {
         Places {
             tcp: own.chain(of(Protocol::Tcp)).collect(),
             udp: of(Protocol::Udp).collect(),
+            unix: self.adopted.locals.names(),
             still_after: self.config.drain_idle,
         }
     }

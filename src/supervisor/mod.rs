@@ -7,7 +7,7 @@
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
 //! | [`adopting`] | sockets that services make themselves: caught, and steered |
-//! | [`datagrams`] | those of UDP |
+//! | [`datagrams`], [`locals`] | those of UDP; Unix sockets |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
 //! | [`ending`] | drain, signal, sweep, release |
 //! | [`running`] | what is held for a generation while it lives |
@@ -24,6 +24,7 @@ mod datagrams;
 pub mod driver;
 mod ending;
 pub mod instance;
+mod locals;
 mod messages;
 mod readiness;
 pub mod recorded;

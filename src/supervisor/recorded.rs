@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +63,20 @@ pub struct RecordedListener {
     /// The generation that made it, where zddsup did not; each address in the kernel's order.
     #[serde(default)]
     pub adopted_from: Option<GenerationId>,
+    /// Of a Unix socket that it made: its file.
+    #[serde(default)]
+    pub file: Option<RecordedFile>,
+}
+
+/// The file of a Unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedFile {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// What it is called there …
+    pub name: String,
+    /// … and by its second name.
+    pub hidden: String,
 }
 
 impl Recorded {
@@ -124,7 +138,12 @@ mod tests {
                 marker: "m".to_owned(),
                 role: Role::Serving,
             }],
-            vec![RecordedListener { name: "http".to_owned(), inode: 9, adopted_from: Some(GenerationId(7)) }],
+            vec![RecordedListener {
+                name: "http".to_owned(),
+                inode: 9,
+                adopted_from: Some(GenerationId(7)),
+                file: Some(RecordedFile { directory: "/run".into(), name: "a".to_owned(), hidden: "b".to_owned() }),
+            }],
         );
         recorded.write(&path).unwrap();
         assert_eq!(Recorded::read(&path), Some(recorded));

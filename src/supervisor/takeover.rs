@@ -12,9 +12,10 @@ use std::time::Instant;
 use nix::sys::stat::fstat;
 use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
+use socket2::{Domain, SockRef};
 
 use super::driver::Driver;
-use super::recorded::{Recorded, RecordedGeneration, RecordedListener, Role};
+use super::recorded::{Recorded, RecordedFile, RecordedGeneration, RecordedListener, Role};
 use super::running::{Running, Said, Tasks, Watchdog};
 use super::spawning::Recipe;
 use crate::config::environment;
@@ -29,7 +30,17 @@ use crate::sys::pidfd::PidFd;
 pub struct Orphans {
     generations: Vec<Orphan>,
     sockets: BTreeMap<String, OwnedFd>,
-    adopted: Vec<(GenerationId, OwnedFd)>,
+    adopted: Vec<Adoptee>,
+}
+
+/// A socket that a generation made itself.
+#[derive(Debug)]
+struct Adoptee {
+    owner: GenerationId,
+    socket: OwnedFd,
+    /// Of which process it was taken.
+    pid: i32,
+    file: Option<RecordedFile>,
 }
 
 /// A generation that outlived its supervisor.
@@ -50,9 +61,11 @@ impl Orphans {
         let mut adopted = Vec::new();
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            if let Some(fd) = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode)) {
+            let found =
+                mains.find_map(|(member, pidfd)| Some((member.pid, socket_of(*member, pidfd, listener.inode)?)));
+            if let Some((pid, fd)) = found {
                 match listener.adopted_from {
-                    Some(owner) => adopted.push((owner, fd)),
+                    Some(owner) => adopted.push(Adoptee { owner, socket: fd, pid, file: listener.file }),
                     None => drop(sockets.insert(listener.name, fd)),
                 }
             } else {
@@ -104,8 +117,12 @@ impl Driver {
         if orphans.generations.is_empty() {
             return false;
         }
-        for (owner, socket) in orphans.adopted {
-            self.adopted.found(owner, socket);
+        for Adoptee { owner, socket, pid, file } in orphans.adopted {
+            if SockRef::from(&socket).domain().is_ok_and(|domain| domain == Domain::UNIX) {
+                self.adopted.locals.found(owner, socket, pid, file.as_ref());
+            } else {
+                self.adopted.found(owner, socket);
+            }
         }
         let mut incumbent = None;
         let mut leaving = Vec::new();
@@ -174,12 +191,15 @@ impl Driver {
                 name: listener.name().to_owned(),
                 inode: listener.inode(),
                 adopted_from: None,
+                file: None,
             })
             .chain(self.adopted.sockets().map(|(owner, socket)| RecordedListener {
                 name: String::new(),
                 inode: fstat(socket).map_or(0, |found| found.st_ino),
                 adopted_from: Some(owner),
+                file: None,
             }))
+            .chain(self.adopted.locals.recorded())
             .collect();
         if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
             let path = self.state_file.display();

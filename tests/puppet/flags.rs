@@ -10,6 +10,9 @@ pub struct Flags {
     pub version: String,
     pub bind: Option<String>,
     pub also_bind: Vec<String>,
+    pub unix_datagrams: Option<String>,
+    pub unlinks: bool,
+    pub chmod: Option<u32>,
     pub udp: Vec<String>,
     pub udp_sockets: usize,
     pub udp_per_client: bool,
@@ -83,6 +86,11 @@ impl Flags {
             "--version" => self.version = value()?,
             "--bind" => self.bind = Some(value()?),
             "--also-bind" => self.also_bind.push(value()?),
+            "--unix-datagrams" => self.unix_datagrams = Some(value()?),
+            "--unlinks" => self.unlinks = true,
+            "--chmod" => {
+                self.chmod = Some(u32::from_str_radix(&value()?, 8).map_err(|_| "--chmod is octal")?);
+            }
             "--udp" => self.udp.push(value()?),
             "--udp-sockets" => self.udp_sockets = number(&value()?)?,
             "--udp-per-client" => self.udp_per_client = true,

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `servers` | real servers, one a test |
 //! | `datagrams` | UDP: every datagram is answered |
+//! | `locals` | Unix sockets |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -12,5 +13,6 @@ mod common;
 mod stage;
 
 mod datagrams;
+mod locals;
 mod servers;
 mod steering;
