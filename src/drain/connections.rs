@@ -16,6 +16,8 @@ pub struct Places {
     pub tcp: Vec<SocketAddr>,
     /// Of UDP: what a server has connected to one client each are its connections.
     pub udp: Vec<SocketAddr>,
+    /// Of Unix sockets, by what they were bound to; with a zero at its begin if it is abstract.
+    pub unix: Vec<Vec<u8>>,
     /// From when on one counts as still, of which the kernel knows it: of TCP.
     pub still_after: Option<Duration>,
 }
@@ -47,6 +49,10 @@ pub fn count(places: &Places, generations: Vec<(GenerationId, Vec<i32>)>) -> io:
         None => diag::connections(&places.tcp, &mut note)?,
     }
     diag::connected_datagram_sockets(&places.udp, &mut note)?;
+    // When they were used last the kernel does not know.
+    diag::unix_connections(&places.unix, |inode| {
+        accepted.insert(inode, false);
+    })?;
     let count = |pids: Vec<i32>| {
         // One that several processes have is one connection.
         let mut own = HashSet::new();
@@ -100,6 +106,7 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
     fn accepted_connections_are_counted_where_they_are() {
@@ -145,5 +152,18 @@ mod tests {
         assert_eq!(count(), 0);
         server.connect("127.0.0.1:9").unwrap();
         assert_eq!(count(), 1);
+    }
+
+    #[test]
+    fn unix_connections_are_those_of_the_side_that_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let places = Places { unix: vec![path.to_str().unwrap().as_bytes().to_vec()], ..Places::default() };
+        let own = i32::try_from(std::process::id()).unwrap();
+        let count = || count(&places, vec![(GenerationId(1), vec![own])]).unwrap()[&GenerationId(1)].all;
+        let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+        let _accepted = [(); 2].map(|()| listener.accept().unwrap());
+        assert_eq!(count(), 2);
     }
 }

@@ -1,4 +1,4 @@
-//! TCP and UDP sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
+//! TCP, UDP and Unix sockets as the kernel lists them (`sock_diag(7)`). Other processes' too, and without asking them.
 
 use std::io;
 use std::mem::offset_of;
@@ -9,6 +9,8 @@ use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload, NLM_F_D
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
+use netlink_packet_sock_diag::unix::nlas::UnixDiagName;
+use netlink_packet_sock_diag::unix::{self, UnixRequest};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::Socket;
@@ -152,6 +154,36 @@ fn still_for(response: &InetResponse) -> Option<Duration> {
     Some(Duration::from_millis(sent.min(received).into()))
 }
 
+/// Calls `each` with the inode of every connection that was accepted by a Unix socket that was bound to one of these names;
+/// an abstract one has a zero at its begin.
+pub fn unix_connections(names: &[Vec<u8>], mut each: impl FnMut(u32)) -> io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    if names.is_empty() {
+        return Ok(());
+    }
+    let request = UnixRequest {
+        state_flags: unix::StateFlags::ESTABLISHED,
+        inode: 0,
+        show_flags: unix::ShowFlags::NAME,
+        // Of any.
+        cookie: [0xff; 8],
+    };
+    list(SockDiagMessage::UnixRequest(request), |message| {
+        let SockDiagMessage::UnixResponse(response) = message else { return };
+        // An accepted one has its listener's name. One that waits in the queue has no inode.
+        let found = match response.name() {
+            Some(UnixDiagName::Pathname(path)) => names.iter().any(|name| name == path.as_bytes()),
+            Some(UnixDiagName::Abstract(abstracted)) => {
+                names.iter().any(|name| name[..1] == [0] && name[1..] == **abstracted)
+            }
+            None => false,
+        };
+        if found && response.header.inode != 0 {
+            each(response.header.inode);
+        }
+    })
+}
+
 /// Asks the kernel for a list, and calls `each` for what is in it.
 pub(super) fn list(request: SockDiagMessage, mut each: impl FnMut(SockDiagMessage)) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
@@ -258,7 +290,7 @@ mod tests {
         wait_until(&|still| still > Some(Duration::from_millis(50)));
         // What the client does not read is on its way for as long as it takes.
         accepted.set_nonblocking(true).unwrap();
-        while accepted.write(&[0; 1 << 14]).is_ok() {}
+        while matches!(accepted.write(&[0; 1 << 14]), Ok(1..)) {}
         assert_eq!(still(), None);
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(still(), None);

@@ -20,6 +20,7 @@ use socket2::{SockRef, Type};
 
 use super::driver::{Driver, Input};
 use super::leaving::Leaving;
+use super::locals::Locals;
 use super::ports::Ports;
 use crate::config::{Handoff, Ready};
 use crate::core::{Event, GenerationId};
@@ -42,6 +43,7 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub struct Adopted {
     pub(super) groups: BTreeMap<Key, Group>,
+    pub(super) locals: Locals,
     /// Of generations that are gone, until their queues are empty.
     pub(super) left: Vec<Leaving>,
     /// Of UDP, to be closed once nobody else has them.
@@ -132,6 +134,7 @@ impl Driver {
             }
         });
         running.tasks.add(&task);
+        self.guard_files();
     }
 
     /// A generation called bind(2) or listen(2), and waits.
@@ -169,7 +172,8 @@ impl Driver {
         match notification.call {
             Call::Bind { fd, address, length } => match caller.address(address, length)? {
                 Address::Inet(address) => self.binds(id, &caller, fd, address),
-                Address::Unix(_) | Address::Other => Ok(Verdict::GoesOn),
+                Address::Unix(name) => self.binds_local(id, &caller, fd, name),
+                Address::Other => Ok(Verdict::GoesOn),
             },
             Call::Listen { fd, backlog } => self.listens(id, &caller, fd, backlog),
         }
@@ -276,6 +280,9 @@ impl Driver {
         backlog: i32,
     ) -> Result<Verdict, LookError> {
         let socket = caller.copy(fd)?;
+        if self.listens_local(id, &socket) {
+            return Ok(Verdict::GoesOn);
+        }
         let Ok(Some(key)) = Key::of(&socket) else { return Ok(Verdict::GoesOn) };
         if key.protocol() != Protocol::Tcp {
             return Ok(Verdict::GoesOn);
@@ -341,17 +348,17 @@ impl Driver {
         }
         self.forget_closed_by_who_serves();
         let own = self.adopted.addresses(id);
-        let missing: Vec<_> = self.expected().into_iter().filter(|key| !own.contains(key)).collect();
-        for key in &missing {
-            let why = match self.adopted.declared.get(key) {
-                Some(place) => {
-                    format!(
-                        "does not listen on {key} yet, as --listen asks (listener {})",
-                        self.listeners[*place].name()
-                    )
-                }
-                None => format!("does not listen on {key} yet, where the generation before does"),
-            };
+        let missing = self.expected().into_iter().filter(|key| !own.contains(key)).map(|key| {
+            match self.adopted.declared.get(&key) {
+                Some(place) => format!("{key} yet, as --listen asks (listener {})", self.listeners[*place].name()),
+                None => format!("{key} yet, where the generation before does"),
+            }
+        });
+        let locals = self.missing_locals(id).into_iter();
+        let missing: Vec<_> =
+            missing.chain(locals.map(|place| format!("{place} yet, where the generation before does"))).collect();
+        for place in &missing {
+            let why = format!("does not listen on {place}");
             if given_up {
                 tracing::warn!(generation = %id, "{why}: not waited for any longer");
             } else if let Some(running) = self.running.get_mut(&id) {
@@ -398,12 +405,13 @@ impl Driver {
         }
         let running = &self.running;
         self.adopted.ports.serves(to, &listens, |owner| running.contains_key(&owner));
+        self.switch_locals(to);
         self.tend_left();
     }
 
     /// Whether it gets datagrams, of which nobody can see how long it takes to answer them.
     pub(super) fn gets_datagrams(&self, id: GenerationId) -> bool {
-        self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
+        self.gets_local_datagrams(id) || self.adopted.addresses(id).iter().any(|key| key.protocol() == Protocol::Udp)
     }
 
     /// Whether connections that a generation has not accepted yet, or datagrams, wait in its sockets' queues.
@@ -411,7 +419,7 @@ impl Driver {
         // One of TCP that was shut down is readable and has no queue.
         let waits =
             |socket: &OwnedFd| queue_length(socket).map(|queue| queue > Some(0)).or_else(|_| is_readable(socket));
-        self.adopted.of(id).iter().any(|socket| waits(socket).unwrap_or(false))
+        self.has_waiting_local(id) || self.adopted.of(id).iter().any(|socket| waits(socket).unwrap_or(false))
     }
 
     /// Where connections are counted.
@@ -421,6 +429,7 @@ impl Driver {
         Places {
             tcp: own.chain(of(Protocol::Tcp)).collect(),
             udp: of(Protocol::Udp).collect(),
+            unix: self.adopted.locals.names(),
             still_after: self.config.drain_idle,
         }
     }

@@ -167,7 +167,7 @@ impl Driver {
         if let Some(running) = self.running.get_mut(&id) {
             running.drained = Some(false);
         }
-        if self.observes_drains() {
+        if self.observes_drains() && !self.shares_locals(id) {
             tracing::info!(generation = %id, "drains: {} once its last connection is gone", self.config.stop_signal);
             if let Some(running) = self.running.get_mut(&id) {
                 running.quiet_looks = Some(0);
@@ -252,7 +252,7 @@ impl Driver {
         }
     }
 
-    fn is_being_stopped(&self) -> bool {
+    pub(super) fn is_being_stopped(&self) -> bool {
         self.machine.life() != Life::Running && self.machine.serving().is_none()
     }
 

@@ -68,6 +68,7 @@ impl Adopted {
 impl Driver {
     /// A generation is gone. Its sockets stay until what waits in their queues is gone too, or somebody takes it.
     pub(super) fn leave_sockets(&mut self, id: GenerationId) {
+        self.leave_locals(id);
         for socket in self.adopted.of(id) {
             self.adopted.leave(id, socket);
         }

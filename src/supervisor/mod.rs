@@ -10,7 +10,7 @@
 //! | [`unseen`] | sockets that were not caught |
 //! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`ports`] | which ports the kernel chose for them |
-//! | [`datagrams`] | those of UDP |
+//! | [`datagrams`], [`locals`] | those of UDP; Unix sockets |
 //! | [`canary`] | a share of new connections before the switch, and its checks |
 //! | [`leaving`] | sockets of generations that are gone, and what waits in their queues |
 //! | [`switching`] | the switch, with the sockets and what is kept that go with it |
@@ -33,6 +33,7 @@ pub mod driver;
 mod ending;
 pub mod instance;
 mod leaving;
+mod locals;
 mod messages;
 mod ports;
 mod readiness;

@@ -104,7 +104,7 @@ impl Driver {
         let has_spoken = running.said.anything
             || running.channel.as_ref().is_some_and(super::super::handoff::channel::Channel::has_spoken);
         // One that makes its own sockets shows by them that it is there.
-        let listens = running.listens > 0 || !self.expected().is_empty();
+        let listens = running.listens > 0 || !self.expected().is_empty() || self.serves_locals();
         if running.ready || self.speaks || has_spoken || listens {
             return;
         }

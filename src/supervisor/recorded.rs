@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +68,20 @@ pub struct RecordedListener {
     /// Those of one address.
     #[serde(default)]
     pub group: String,
+    /// Of a Unix socket that it made: its file.
+    #[serde(default)]
+    pub file: Option<RecordedFile>,
+}
+
+/// The file of a Unix socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordedFile {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// What it is called there …
+    pub name: String,
+    /// … and by its second name.
+    pub hidden: String,
 }
 
 impl Recorded {
@@ -134,6 +148,7 @@ mod tests {
                 inode: 9,
                 adopted_from: Some(GenerationId(7)),
                 group: "g".to_owned(),
+                file: Some(RecordedFile { directory: "/run".into(), name: "a".to_owned(), hidden: "b".to_owned() }),
             }],
         );
         recorded.write(&path).unwrap();

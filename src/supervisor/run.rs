@@ -318,8 +318,9 @@ impl Driver {
     }
 
     /// Everything is gone: closes the listeners.
-    fn end(self, finish: Finish) -> Ended {
+    fn end(mut self, finish: Finish) -> Ended {
         let _never_written = std::fs::remove_file(&self.state_file);
+        self.adopted.locals.remove_all();
         drop(self.listeners);
         Ended { finish, reason: self.last_failure }
     }

@@ -41,6 +41,13 @@ impl Driver {
                         Protocol::Udp => format!("udp://{}", key.local()),
                     },
                 }))
+                .chain(
+                    self.adopted
+                        .locals
+                        .addresses()
+                        .into_iter()
+                        .map(|address| Listener { name: "adopted".to_owned(), address }),
+                )
                 .collect(),
             upgrades: self.reports.list(now),
             pending: self.machine.pending().map(|pending| self.why_waiting(pending.kind)),

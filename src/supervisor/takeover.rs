@@ -12,10 +12,10 @@ use std::time::Instant;
 use nix::sys::stat::fstat;
 use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
-use socket2::SockRef;
+use socket2::{Domain, SockRef};
 
 use super::driver::Driver;
-use super::recorded::{Recorded, RecordedGeneration, RecordedListener, Role};
+use super::recorded::{Recorded, RecordedFile, RecordedGeneration, RecordedListener, Role};
 use super::running::{Running, Said, Tasks, Watchdog};
 use super::spawning::Recipe;
 use crate::config::environment;
@@ -30,7 +30,17 @@ use crate::sys::pidfd::PidFd;
 pub struct Orphans {
     generations: Vec<Orphan>,
     sockets: BTreeMap<String, OwnedFd>,
-    adopted: Vec<(GenerationId, OwnedFd)>,
+    adopted: Vec<Adoptee>,
+}
+
+/// A socket that a generation made itself.
+#[derive(Debug)]
+struct Adoptee {
+    owner: GenerationId,
+    socket: OwnedFd,
+    /// Of which process it was taken.
+    pid: i32,
+    file: Option<RecordedFile>,
 }
 
 /// A generation that outlived its supervisor.
@@ -48,22 +58,25 @@ impl Orphans {
         let Some(recorded) = Recorded::read(state_file) else { return Orphans::default() };
         let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
         let mut sockets = BTreeMap::new();
-        let mut groups: BTreeMap<String, Vec<Option<(GenerationId, OwnedFd)>>> = BTreeMap::new();
+        let mut groups: BTreeMap<String, Vec<Option<Adoptee>>> = BTreeMap::new();
         let serves =
             |id| generations.iter().any(|orphan| orphan.recorded.number == id && orphan.recorded.role == Role::Serving);
         for listener in recorded.listeners {
             let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            let found = mains.find_map(|(member, pidfd)| socket_of(*member, pidfd, listener.inode));
+            let found =
+                mains.find_map(|(member, pidfd)| Some((member.pid, socket_of(*member, pidfd, listener.inode)?)));
             match (listener.adopted_from, found) {
                 (Some(owner), found) => {
                     // One of several: that of the generation that serves, if it has one.
                     let wanted = !listener.name.is_empty() && (serves(owner) || !sockets.contains_key(&listener.name));
-                    if let Some(copy) = found.as_ref().filter(|_| wanted).and_then(|fd| fd.try_clone().ok()) {
+                    if let Some(copy) = found.as_ref().filter(|_| wanted).and_then(|(_, fd)| fd.try_clone().ok()) {
                         sockets.insert(listener.name, copy);
                     }
-                    groups.entry(listener.group).or_default().push(found.map(|fd| (owner, fd)));
+                    let file = listener.file;
+                    let adoptee = found.map(|(pid, socket)| Adoptee { owner, socket, pid, file });
+                    groups.entry(listener.group).or_default().push(adoptee);
                 }
-                (None, Some(fd)) => drop(sockets.insert(listener.name, fd)),
+                (None, Some((_, fd))) => drop(sockets.insert(listener.name, fd)),
                 (None, None) => {
                     tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
                 }
@@ -132,10 +145,14 @@ impl Driver {
             self.listeners.iter().any(|listener| !listener.is_steered() && listener.local() == local)
         };
         let (shared, steered): (Vec<_>, Vec<_>) =
-            orphans.adopted.into_iter().partition(|(_, socket)| is_shared(socket));
+            orphans.adopted.into_iter().partition(|adoptee| is_shared(&adoptee.socket));
         drop(shared);
-        for (owner, socket) in steered {
-            self.adopted.found(owner, socket);
+        for Adoptee { owner, socket, pid, file } in steered {
+            if SockRef::from(&socket).domain().is_ok_and(|domain| domain == Domain::UNIX) {
+                self.adopted.locals.found(owner, socket, pid, file.as_ref());
+            } else {
+                self.adopted.found(owner, socket);
+            }
         }
         // Who served; else who is ready.
         let living = |role| {
@@ -218,6 +235,7 @@ impl Driver {
                 inode: listener.inode(),
                 adopted_from: None,
                 group: String::new(),
+                file: None,
             })
             .chain(self.adopted.sockets().map(|(key, owner, socket)| RecordedListener {
                 name:
@@ -225,7 +243,9 @@ impl Driver {
                 inode: fstat(socket).map_or(0, |found| found.st_ino),
                 adopted_from: Some(owner),
                 group: key.to_string(),
+                file: None,
             }))
+            .chain(self.adopted.locals.recorded())
             .collect();
         if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
             let path = self.state_file.display();

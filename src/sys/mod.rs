@@ -15,4 +15,6 @@ pub mod socket;
 #[cfg(feature = "cli")]
 pub mod steer;
 #[cfg(feature = "cli")]
+pub mod view;
+#[cfg(feature = "cli")]
 pub mod wait;

@@ -11,6 +11,9 @@ pub struct Flags {
     pub bind: Option<String>,
     pub also_bind: Vec<String>,
     pub also_bind_after: Duration,
+    pub unix_datagrams: Option<String>,
+    pub unlinks: bool,
+    pub chmod: Option<u32>,
     pub udp: Vec<String>,
     pub udp_sockets: usize,
     pub udp_per_client: bool,
@@ -85,6 +88,11 @@ impl Flags {
             "--bind" => self.bind = Some(value()?),
             "--also-bind-after-ms" => self.also_bind_after = millis(&value()?)?,
             "--also-bind" => self.also_bind.push(value()?),
+            "--unix-datagrams" => self.unix_datagrams = Some(value()?),
+            "--unlinks" => self.unlinks = true,
+            "--chmod" => {
+                self.chmod = Some(u32::from_str_radix(&value()?, 8).map_err(|_| "--chmod is octal")?);
+            }
             "--udp" => self.udp.push(value()?),
             "--udp-sockets" => self.udp_sockets = number(&value()?)?,
             "--udp-per-client" => self.udp_per_client = true,

@@ -3,7 +3,7 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::give_up;
 
@@ -29,9 +29,15 @@ pub fn inherited(daemon: bool) -> Vec<(String, OwnedFd)> {
     (3..3 + count).map(take).collect()
 }
 
-/// A listener of its own.
+/// A listener of its own: on TCP, at `unix:PATH`, `unix:@NAME`, or `unixpacket:PATH`.
 pub fn bind(address: &str) -> Socket {
     let listen = || {
+        if let Some(path) = address.strip_prefix("unix:") {
+            return bind_unix(path, Type::STREAM);
+        }
+        if let Some(path) = address.strip_prefix("unixpacket:") {
+            return bind_unix(path, Type::SEQPACKET);
+        }
         let address: std::net::SocketAddr = address.parse().map_err(std::io::Error::other)?;
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
@@ -42,6 +48,17 @@ pub fn bind(address: &str) -> Socket {
         std::io::Result::Ok(socket)
     };
     listen().unwrap_or_else(|error| give_up(67, &format!("cannot listen on {address}: {error}")))
+}
+
+/// A Unix socket, which listens if it can.
+pub fn bind_unix(path: &str, kind: Type) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::UNIX, kind, None)?;
+    socket.bind(&SockAddr::unix(path.replacen('@', "\0", usize::from(path.starts_with('@'))))?)?;
+    if kind != Type::DGRAM {
+        socket.listen(1024)?;
+    }
+    eprintln!("puppet: is at {path}");
+    Ok(socket)
 }
 
 /// A socket that answers datagrams. Unless it `shares`, it sets no option, as most servers.

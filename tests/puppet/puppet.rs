@@ -7,6 +7,9 @@
 //! --bind ADDR            where to listen when LISTEN_FDS gives nothing
 //! --also-bind ADDR       one more listener of its own, with SO_REUSEPORT (for probes)
 //! --also-bind-after-ms N such a listener comes that late
+//! --bind unix:PATH, --bind unix:@NAME, --bind unixpacket:PATH, --unix-datagrams PATH
+//! --unlinks              removes a file at its Unix sockets' paths before it binds, and again when it ends
+//! --chmod MODE           of the file at the path of its Unix socket
 //! --udp ADDR             a socket of its own that answers datagrams; with --udp-sockets N so many with SO_REUSEPORT
 //! --udp-per-client       the first datagram of a client gets a socket of its own, until it sends "bye"
 //! --healthy-after-ms N   /health is 503 until then
@@ -46,7 +49,8 @@ mod notify;
 mod web;
 
 use std::io::{Read, Seek};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::thread::JoinHandleExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -57,7 +61,7 @@ use std::time::{Duration, Instant};
 use children::DAEMON;
 use flags::{Flags, Ready, Watchdog};
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use socket2::{SockRef, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 /// Interrupts a blocking accept(2).
 const WAKE: Signal = Signal::SIGIO;
@@ -120,6 +124,7 @@ fn main() {
         let read = file.rewind().and_then(|()| file.read_to_string(&mut content));
         format!("{name}={}", read.map_or_else(|error| error.to_string(), |_| content))
     });
+    unlink_as_told(&flags);
     let mut listeners: Vec<Socket> = listeners.into_iter().map(|(_, fd)| Socket::from(fd)).collect();
     if listeners.is_empty() {
         listeners.extend(flags.bind.iter().map(|address| listeners::bind(address)));
@@ -128,6 +133,13 @@ fn main() {
     let late = flags.also_bind_after;
     if late.is_zero() {
         listeners.extend(flags.also_bind.iter().map(|address| listeners::bind(address)));
+    }
+    if let Some(path) = &flags.unix_datagrams {
+        let bound = listeners::bind_unix(path, Type::DGRAM);
+        listeners.push(bound.unwrap_or_else(|error| give_up(67, &format!("cannot bind {path}: {error}"))));
+    }
+    if let (Some(mode), Some(path)) = (flags.chmod, flags.bind.as_deref().and_then(|bind| bind.strip_prefix("unix:"))) {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");
     }
     for address in flags.udp.iter().flat_map(|address| std::iter::repeat_n(address, flags.udp_sockets)) {
         let shares = flags.udp_sockets > 1 || flags.udp_per_client;
@@ -247,6 +259,9 @@ impl Puppet {
     fn accept_in_thread(self: &Arc<Self>, listener: &Arc<Socket>) -> JoinHandle<()> {
         let (puppet, listener) = (Arc::clone(self), Arc::clone(listener));
         std::thread::spawn(move || match listener.r#type() {
+            Ok(Type::DGRAM) if listener.domain().is_ok_and(|domain| domain == Domain::UNIX) => {
+                puppet.echo_local(&listener)
+            }
             Ok(Type::DGRAM) => puppet.echo(&listener),
             _ => puppet.accept(&listener),
         })
@@ -311,6 +326,24 @@ impl Puppet {
         }
     }
 
+    /// The same on this machine.
+    fn echo_local(&self, socket: &Socket) {
+        let Ok(socket) = socket.try_clone().map(|socket| UnixDatagram::from(std::os::fd::OwnedFd::from(socket))) else {
+            return;
+        };
+        let mut buffer = [0; 2048];
+        loop {
+            let _polled = web::wait(&[&socket, &self.woken], None);
+            if self.is_draining() || self.hung.load(Ordering::SeqCst) {
+                return;
+            }
+            if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                let _client_went_away = socket.send_to_addr(format!("{} {text}", self.name()).as_bytes(), &from);
+            }
+        }
+    }
+
     fn echo_to_one(self: &Arc<Self>, socket: &std::net::UdpSocket, client: std::net::SocketAddr) {
         let own = socket.local_addr().expect("bound").to_string();
         let connected = listeners::bind_udp(&own, true).and_then(|own| own.connect(&client.into()).map(|()| own));
@@ -356,6 +389,7 @@ impl Puppet {
         let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         drop(self.fewer.wait_while(connections, |connections| *connections > 0));
         std::thread::sleep(self.flags.drain.saturating_sub(begin.elapsed()));
+        unlink_as_told(&self.flags);
         std::process::exit(self.flags.exit_code);
     }
 
@@ -410,6 +444,13 @@ impl Puppet {
         while self.hung.load(Ordering::SeqCst) {
             std::thread::park();
         }
+    }
+}
+
+fn unlink_as_told(flags: &Flags) {
+    let bound = flags.bind.as_deref().and_then(|bind| bind.strip_prefix("unix:"));
+    for path in bound.into_iter().chain(flags.unix_datagrams.as_deref()).filter(|_| flags.unlinks) {
+        let _not_there = std::fs::remove_file(path);
     }
 }
 

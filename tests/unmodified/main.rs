@@ -15,6 +15,7 @@
 //! | `datagrams` | UDP: every datagram is answered |
 //! | `canary` | a share for the new version first: by number, by network, in steps; what ends it |
 //! | `servers` | real servers, one a test |
+//! | `locals` | Unix sockets |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -26,6 +27,7 @@ mod stage;
 mod canary;
 mod datagrams;
 mod declared;
+mod locals;
 mod places;
 mod probes;
 mod protocols;

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 
 use crate::sys::pidfd::PidFd;
 use crate::sys::seccomp::{Notification, Notifier};
+use crate::sys::view::View;
 
 /// The kernel takes no longer address (`sockaddr_storage`).
 const LONGEST: usize = 128;
@@ -155,6 +156,13 @@ impl<'a> Caller<'a> {
         let effective =
             status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
         Ok(same && effective.is_some_and(|effective| effective & NET_BIND_SERVICE != 0))
+    }
+
+    /// How it sees the file system.
+    pub fn view(&self) -> Result<View, LookError> {
+        let view = View::of(self.tid);
+        self.still_waits()?;
+        view.map_err(|source| LookError::Thread { tid: self.tid, source })
     }
 
     /// Reads an address in its memory.
