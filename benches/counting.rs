@@ -21,9 +21,9 @@ use socket2::{Domain, Socket, Type};
 use zddsup::core::GenerationId;
 use zddsup::drain::connections;
 
-/// Connections of a process. Fewer than there are ephemeral ports, as each process of clients connects to an address of its
-/// own.
-const MOST: usize = 20_000;
+/// Connections of a process. Each process of clients connects to an address of its own; beyond half of the ephemeral ports,
+/// the kernel looks for a free one for long.
+const MOST: usize = 10_000;
 const ROUNDS: usize = 11;
 /// Fds besides the connections.
 const SPARE: u64 = 100;
