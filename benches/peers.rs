@@ -60,7 +60,23 @@ use_sockets = True
 copy_env = True
 ";
 
-const DUELS: [Duel; 8] = [
+/// A systemd of its own, that knows nothing of the machine's: it needs `/run/systemd/system` to be there.
+const SYSTEMD: [(&str, &str); 3] = [
+    (
+        "systemd.sh",
+        "mount --make-rprivate / && mount -t tmpfs none /run && mkdir -p /run/systemd/system || exit 1
+         exec /lib/systemd/systemd --user --log-target=console --unit=web.service",
+    ),
+    ("run/systemd/user/web.socket", "[Unit]\nDefaultDependencies=no\n[Socket]\nListenStream=ADDRESS\n"),
+    (
+        "run/systemd/user/web.service",
+        "[Unit]\nDefaultDependencies=no\nRequires=web.socket\nAfter=web.socket\n\
+         [Service]\nType=notify\nKillMode=mixed\nWorkingDirectory=DIR\n\
+         ExecStart=gunicorn --workers 2 --threads 4 wsgi:app\n",
+    ),
+];
+
+const DUELS: [Duel; 9] = [
     Duel {
         server: servers::NGINX,
         peer: "its own reload",
@@ -100,6 +116,15 @@ const DUELS: [Duel; 8] = [
         files: &[("circus.ini", CIRCUS)],
         start: "circusd circus.ini",
         again: Again::Command("circusctl --endpoint ipc://DIR/circus.ctl reload web"),
+    },
+    Duel {
+        server: servers::GUNICORN,
+        peer: "systemd socket unit",
+        needs: ("/lib/systemd/systemd", "apt-get install systemd"),
+        files: &SYSTEMD,
+        // Of the user's kind, in a mount namespace, which takes root.
+        start: "unshare --mount --cgroup sh systemd.sh",
+        again: Again::Command("systemctl --user restart web.service"),
     },
     Duel {
         server: servers::STARLET,
@@ -153,6 +178,10 @@ fn main() {
         // Both are asked for, so that all that is missing is said at once.
         let there = [duel.server.needs, duel.needs].map(servers::is_there);
         if !servers::is_wanted(duel.server.name) || there.contains(&false) {
+            continue;
+        }
+        if duel.start.starts_with("unshare") && !nix::unistd::geteuid().is_root() {
+            println!("{} is left out: it takes root", duel.peer);
             continue;
         }
         for side in fight(duel, upgrades) {

@@ -183,9 +183,10 @@ impl Site {
     /// Puts files in place, each at once.
     pub fn publish(&self, files: &[(&str, &str)], version: usize) {
         for (name, text) in files {
-            let beside = self.dir().join("new");
+            let (beside, place) = (self.dir().join("new"), self.dir().join(name));
+            fs::create_dir_all(place.parent().expect("a directory")).expect("a directory");
             fs::write(&beside, self.filled(text).replace("RELEASE", &version.to_string())).expect("a file");
-            fs::rename(beside, self.dir().join(name)).expect("a file");
+            fs::rename(beside, place).expect("a file");
         }
     }
 
@@ -206,6 +207,7 @@ impl Site {
         let mut command = Command::new(program);
         command.args(words).current_dir(self.dir()).stdin(Stdio::null());
         command.env("PATH", path()).env("HOME", self.dir()).env("PM2_HOME", self.dir().join("pm2"));
+        command.env("XDG_RUNTIME_DIR", self.dir().join("run"));
         command
     }
 
