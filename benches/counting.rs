@@ -1,52 +1,67 @@
 //! What it takes to count connections from outside: `zddsup::drain::connections::count`.
 //!
-//! `cargo bench --bench counting`. A hundred thousand need a limit of open files above that, and are left out without it.
+//! `cargo bench --bench counting`. A limit of open files is one of a process, so there are as many processes as it takes:
+//! those that accept are counted like the workers of one generation. A hundred thousand connections are two hundred thousand
+//! sockets, and take about a gigabyte of the kernel's memory while they are there. As root it has a network namespace of
+//! its own: nobody else's ports are used up.
 
 mod common;
 
-use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{median, ms, quartiles, ratio, Table};
+use nix::sched::{unshare, CloneFlags};
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 use nix::sys::time::TimeValLike;
 use socket2::{Domain, Socket, Type};
 use zddsup::core::GenerationId;
 use zddsup::drain::connections;
 
-/// Fewer than there are ephemeral ports.
-const PER_ADDRESS: usize = 20_000;
+/// Connections of a process. Each process of clients connects to an address of its own; beyond half of the ephemeral ports,
+/// the kernel looks for a free one for long.
+const MOST: usize = 10_000;
 const ROUNDS: usize = 11;
 /// Fds besides the connections.
 const SPARE: u64 = 100;
 
 fn main() {
-    if std::env::args().nth(1).as_deref() == Some("--hold") {
-        return hold(std::env::args().nth(2).and_then(|count| count.parse().ok()).expect("how many"));
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--accept", count] => return accept(count.parse().expect("how many")),
+        ["--connect", count, to] => return connect(count.parse().expect("how many"), to.parse().expect("an address")),
+        _ => {}
     }
     println!("# Counting connections");
-    let limit = raise_nofile();
+    if unshare(CloneFlags::CLONE_NEWNET).is_ok() {
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+        assert!(up.is_ok_and(|status| status.success()), "its own network namespace needs ip(8)");
+    }
+    let most = usize::try_from(raise_nofile().saturating_sub(SPARE)).expect("a number").min(MOST);
     let mut table = Table::new(
         format!("Medians of {ROUNDS}, taken in turn"),
-        &["connections", "time", "half of them", "CPU", "CPU a connection", "/proc/net/tcp read only", "times that"],
+        &[
+            "connections",
+            "processes",
+            "time",
+            "half of them",
+            "CPU",
+            "CPU a connection",
+            "/proc/net/tcp read only",
+            "times that",
+        ],
     );
     for count in [0, 1_000, 10_000, 100_000] {
-        if limit < count as u64 + SPARE {
-            println!("{count} connections are left out: the limit of open files is {limit}");
-            continue;
-        }
-        let mut holder = Holder::start(count);
-        let connected = connect(holder.address, count);
-        holder.wait();
+        let connected = Connected::new(count, most);
         let [mut times, mut cpu, mut naive] = [const { Vec::new() }; 3];
         for _ in 0..ROUNDS {
             let (begin, cpu_before) = (Instant::now(), thread_cpu());
             let id = GenerationId(1);
-            let pid = i32::try_from(holder.child.id()).expect("a pid");
-            let places = connections::Places { tcp: vec![holder.address], ..Default::default() };
-            let counted = connections::count(&places, vec![(id, vec![pid])]).expect("a count");
+            let places = connections::Places { tcp: vec![connected.to], ..Default::default() };
+            let counted = connections::count(&places, vec![(id, connected.pids())]).expect("a count");
             times.push(begin.elapsed());
             cpu.push(thread_cpu().saturating_sub(cpu_before));
             assert_eq!(counted[&id].all, count as u64);
@@ -56,11 +71,11 @@ fn main() {
             naive.push(begin.elapsed());
             assert!(text.len() > count);
         }
-        drop(connected);
         let [low, high] = quartiles(&times);
         let each = u32::try_from(count).ok().filter(|count| *count > 0).map(|count| median(&cpu) / count);
         table.row(&[
             &count,
+            &connected.pids().len(),
             &ms(median(&times)),
             &format!("{} to {}", ms(low), ms(high)),
             &ms(median(&cpu)),
@@ -78,50 +93,64 @@ fn thread_cpu() -> Duration {
     Duration::from_micros(u64::try_from(us).expect("time goes on"))
 }
 
-/// As far as it goes: root may go past the hard limit. What it is now.
+/// As far as it goes. What it is now.
 fn raise_nofile() -> u64 {
-    let wanted = 100_000 + SPARE;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("its own limit");
-    if hard < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_ok() {
-        return wanted;
-    }
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("up to the hard limit");
     hard
 }
 
-fn connect(to: SocketAddr, count: usize) -> Vec<TcpStream> {
-    let one = |index: usize| {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        let last = u8::try_from(1 + index / PER_ADDRESS).expect("few addresses");
-        socket.bind(&SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), 0)).into())?;
-        socket.connect(&to.into())?;
-        Ok::<_, std::io::Error>(TcpStream::from(socket))
-    };
-    (0..count).map(|index| one(index).expect("a connection")).collect()
+/// So many connections, between processes of their own.
+struct Connected {
+    to: SocketAddr,
+    accepting: Vec<Holder>,
+    _connecting: Vec<Holder>,
 }
 
-/// A process that accepts so many connections and keeps them.
+impl Connected {
+    fn new(count: usize, most: usize) -> Connected {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        listener.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)).into()).expect("a port");
+        listener.listen(4096).expect("listen");
+        let listener = TcpListener::from(listener);
+        let to = listener.local_addr().expect("its address");
+        let parts: Vec<_> = (0..count.div_ceil(most).max(1)).map(|part| most.min(count - part * most)).collect();
+        let accept = |part: &usize| {
+            let listener = OwnedFd::from(listener.try_clone().expect("an fd"));
+            Holder::start(&["--accept", &part.to_string()], listener.into())
+        };
+        let connect = |(index, part): (usize, &usize)| {
+            let to = SocketAddr::from((Ipv4Addr::new(127, 0, 0, u8::try_from(1 + index).expect("few")), to.port()));
+            Holder::start(&["--connect", &part.to_string(), &to.to_string()], Stdio::null())
+        };
+        let mut accepting: Vec<_> = parts.iter().map(accept).collect();
+        let mut connecting: Vec<_> = parts.iter().enumerate().map(connect).collect();
+        connecting.iter_mut().chain(&mut accepting).for_each(Holder::wait);
+        Connected { to, accepting, _connecting: connecting }
+    }
+
+    fn pids(&self) -> Vec<i32> {
+        self.accepting.iter().map(|holder| i32::try_from(holder.child.id()).expect("a pid")).collect()
+    }
+}
+
+/// A process that has its connections until it is dropped.
 struct Holder {
     child: Child,
-    address: SocketAddr,
     said: BufReader<ChildStdout>,
 }
 
 impl Holder {
-    fn start(count: usize) -> Holder {
+    fn start(args: &[&str], stdin: Stdio) -> Holder {
         let mut command = Command::new(std::env::current_exe().expect("its own path"));
-        // It ends with its stdin, and that with the benchmark.
-        command.args(["--hold", &count.to_string()]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("itself");
-        let mut said = BufReader::new(child.stdout.take().expect("a pipe"));
-        let mut line = String::new();
-        said.read_line(&mut line).expect("its address");
-        Holder { child, address: line.trim().parse().expect("an address"), said }
+        let mut child = command.args(args).stdin(stdin).stdout(Stdio::piped()).spawn().expect("itself");
+        let said = BufReader::new(child.stdout.take().expect("a pipe"));
+        Holder { child, said }
     }
 
     fn wait(&mut self) {
         let mut line = String::new();
-        self.said.read_line(&mut line).expect("it has them");
+        self.said.read_line(&mut line).expect("it says so");
         assert_eq!(line.trim(), "held");
     }
 }
@@ -133,14 +162,40 @@ impl Drop for Holder {
     }
 }
 
-fn hold(count: usize) {
+/// From the listener that is stdin.
+fn accept(count: usize) {
     raise_nofile();
-    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a port");
-    listener.listen(4096).expect("listen");
-    println!("{}", listener.local_addr().expect("its address").as_socket().expect("an IP address"));
-    let held: Vec<_> = (0..count).map(|_| listener.accept().expect("a connection")).collect();
+    let listener = TcpListener::from(std::io::stdin().as_fd().try_clone_to_owned().expect("a listener as stdin"));
+    let one = |_| {
+        let (mut stream, _) = listener.accept()?;
+        stream.write_all(b".")?;
+        Ok::<_, std::io::Error>(stream)
+    };
+    hold((0..count).map(|index| one(index).expect("a connection")).collect::<Vec<_>>());
+}
+
+fn connect(count: usize, to: SocketAddr) {
+    raise_nofile();
+    let one = |_| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        // Whoever binds one of its ports may, if he wants that too.
+        socket.set_reuse_address(true)?;
+        socket.connect(&to.into())?;
+        // Its end is a reset: a hundred thousand in TIME_WAIT would be in the next bench's way for a minute.
+        socket.set_linger(Some(Duration::ZERO))?;
+        // One at a time: the queue must not overflow.
+        (&socket).read_exact(&mut [0])?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    hold((0..count).map(|index| one(index).expect("a connection")).collect::<Vec<_>>());
+}
+
+fn hold<T>(held: T) {
     println!("held");
-    let _end = std::io::stdin().read_line(&mut String::new());
+    // Until the benchmark kills it, or is gone itself.
+    let parent = nix::unistd::getppid();
+    while nix::unistd::getppid() == parent {
+        std::thread::sleep(Duration::from_millis(200));
+    }
     drop(held);
 }

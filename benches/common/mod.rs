@@ -7,6 +7,7 @@ pub mod supervised;
 
 pub mod clocked;
 pub mod proc;
+pub mod servers;
 
 use std::fmt::Display;
 use std::path::Path;

@@ -45,6 +45,8 @@ pub enum Mode {
 pub struct Config {
     pub target: Target,
     pub mode: Mode,
+    /// After so many answers, a connection is closed by this side.
+    pub per_connection: u64,
     pub path: String,
     /// In the place of HTTP.
     pub exchange: Option<Exchange>,
@@ -63,6 +65,7 @@ impl Config {
         Config {
             target,
             mode: Mode::PerRequest,
+            per_connection: u64::MAX,
             path: "/".to_owned(),
             exchange: None,
             workers: 4,
@@ -171,7 +174,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Latencies in buckets that are exact to 6 %.
+/// Latencies in buckets that are exact to 0.4 %.
 #[derive(Debug, Clone)]
 pub struct Latency {
     buckets: Vec<u64>,
@@ -180,16 +183,16 @@ pub struct Latency {
 
 impl Default for Latency {
     fn default() -> Self {
-        Latency { buckets: vec![0; 16 * 61], max: Duration::ZERO }
+        Latency { buckets: vec![0; 256 * 57], max: Duration::ZERO }
     }
 }
 
 impl Latency {
     fn add(&mut self, latency: Duration) {
-        let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
-        let bucket = match us.checked_ilog2() {
-            Some(power @ 4..) => usize::try_from(u64::from(power - 3) * 16 + ((us >> (power - 4)) & 15)),
-            _ => usize::try_from(us),
+        let ns = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        let bucket = match ns.checked_ilog2() {
+            Some(power @ 8..) => usize::try_from(u64::from(power - 7) * 256 + ((ns >> (power - 8)) & 255)),
+            _ => usize::try_from(ns),
         };
         self.buckets[bucket.unwrap_or_default()] += 1;
         self.max = self.max.max(latency);
@@ -197,14 +200,19 @@ impl Latency {
 
     /// So many percent of the requests took no longer.
     pub fn percentile(&self, percent: u64) -> Duration {
-        let rank = self.buckets.iter().sum::<u64>() * percent / 100;
+        self.per_mille(percent * 10)
+    }
+
+    /// So many of a thousand requests took no longer.
+    pub fn per_mille(&self, per_mille: u64) -> Duration {
+        let rank = self.buckets.iter().sum::<u64>() * per_mille / 1000;
         let mut passed = 0;
         for (bucket, count) in self.buckets.iter().enumerate() {
             passed += count;
             if passed > rank {
-                let (power, part) = (bucket as u64 / 16, bucket as u64 % 16);
-                let us = if power == 0 { part } else { (16 + part) << (power - 1) };
-                return Duration::from_micros(us);
+                let (power, part) = (bucket as u64 / 256, bucket as u64 % 256);
+                let ns = if power == 0 { part } else { (256 + part) << (power - 1) };
+                return Duration::from_nanos(ns);
             }
         }
         self.max
@@ -385,7 +393,7 @@ impl Shared {
         if !(200..300).contains(&answer.status) {
             return Err((Failure::BadStatus, format!("status {}: {}", answer.status, version(&answer.body))));
         }
-        if !close && answer.keep_alive {
+        if !close && answer.keep_alive && connection.answers < self.config.per_connection {
             *kept = Some(connection);
         }
         Ok(version(&answer.body))

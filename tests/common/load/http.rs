@@ -34,6 +34,8 @@ pub struct Connection {
     stream: Stream,
     host: String,
     read: Vec<u8>,
+    /// So many it has given.
+    pub answers: u64,
 }
 
 /// An answer.
@@ -65,7 +67,7 @@ impl Connection {
                 Stream::Unix(stream)
             }
         };
-        Ok(Connection { stream, host, read: Vec::new() })
+        Ok(Connection { stream, host, read: Vec::new(), answers: 0 })
     }
 
     /// One request and its answer.
@@ -126,6 +128,7 @@ impl Connection {
                 self.rest()?
             }
         };
+        self.answers += 1;
         Ok(Answer { status, keep_alive, body })
     }
 
