@@ -4,6 +4,7 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `leaving` | what waits for a generation that is gone, and what an upgrade says of it |
+//! | `network` | handshakes that take a while, SYN cookies |
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
 //! | `servers` | real servers, one a test |
 //! | `declared` | `--listen` in the place of what they bind |
@@ -28,6 +29,7 @@ mod canary;
 mod datagrams;
 mod declared;
 mod locals;
+mod network;
 mod places;
 mod probes;
 mod protocols;
