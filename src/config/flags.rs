@@ -48,7 +48,7 @@ pub struct RunFlags {
     #[arg(long, value_enum, value_name = "SUPERVISOR", value_delimiter = ',', help_heading = SOCKETS)]
     pub compat: Vec<CompatWith>,
 
-    /// What shows that a generation can serve: auto, notify, tcp:PORT, http[s]://…, exec:COMMAND, delay:DURATION
+    /// What shows that a generation can serve: auto, notify, tcp:PORT, http://…, https://…, exec:COMMAND, delay:DURATION
     #[arg(long, value_name = "WHAT", default_value_t = Ready::Auto, long_help = help::READY, help_heading = UPGRADE)]
     pub ready: Ready,
 
