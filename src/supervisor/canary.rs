@@ -175,7 +175,10 @@ impl Driver {
             .into_iter()
             .chain(check)
             .filter_map(|(what, probe, anybody)| {
-                let context = probe::Context { anybody, ..self.probe_context(candidate)? };
+                let context = self.probe_context(candidate)?;
+                // That of --ready-host is the service's own.
+                let host = context.host.clone().filter(|_| !anybody);
+                let context = probe::Context { anybody, host, ..context };
                 Some(Ask { what: format!("{what} {probe}"), probe, context })
             })
             .collect();
