@@ -117,9 +117,11 @@ fn hangup_in_every_phase() {
 #[test]
 fn a_closed_terminal_does_not_deploy() {
     use nix::pty::openpty;
-    use std::os::unix::process::CommandExt;
     let pty = openpty(None, None).unwrap();
+    // The terminal is closed only when nobody has this end any more.
+    nix::fcntl::fcntl(&pty.master, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).unwrap();
     let dir = tempfile::tempdir().unwrap();
+    // It leads no group, so that setsid(1) has no need to fork.
     let mut command = std::process::Command::new("setsid");
     command
         .args(["--ctty", crate::common::ZDDSUP, "run", "--name", "web", "--listen", "127.0.0.1:0", "--"])
@@ -127,8 +129,7 @@ fn a_closed_terminal_does_not_deploy() {
         .env("XDG_RUNTIME_DIR", dir.path())
         .stdin(pty.slave.try_clone().unwrap())
         .stdout(pty.slave.try_clone().unwrap())
-        .stderr(pty.slave)
-        .process_group(0);
+        .stderr(pty.slave);
     let mut child = command.spawn().unwrap();
     drop(command);
     let mut terminal = std::fs::File::from(pty.master);
@@ -141,6 +142,7 @@ fn a_closed_terminal_does_not_deploy() {
     terminal.flush().unwrap();
     drop(terminal);
     assert!(child.wait().unwrap().success());
+    assert_eq!(crate::common::processes_with(&format!("XDG_RUNTIME_DIR={}\0", dir.path().display())), [0; 0]);
     assert!(!String::from_utf8_lossy(&seen).contains("generation=2"));
 }
 

@@ -233,7 +233,7 @@ fn a_socket_with_what_waits_has_the_flags_that_the_program_gave_to_its_own() {
     let words = ["--handoff", "adopt", "--listen", "ADDRESS?backlog=77", "--", "/usr/bin/python3", "server.py"];
     let supervisor = site.start(&words);
     let pid = Pid::from_raw(supervisor.serving().pid.unwrap());
-    kill(pid, Signal::SIGSTOP).unwrap();
+    crate::common::stop(pid);
     let clients = waiting(site.address, 20);
     // The dead one's socket does not block, and this one's own does.
     site.write("server.py", &usual(2, "").replace("listener.setblocking(False)", ""));

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use crate::common::load::{Exchange, Summary};
+use crate::common::load::{Config, Exchange, Summary, Target};
 use crate::common::{example, real};
 use crate::stage::{refuse_under_load, upgrade_under_load, Site};
 
@@ -28,13 +28,24 @@ pub struct Server {
     pub command: &'static [&'static str],
     /// Where it does not speak HTTP.
     pub exchange: Option<Exchange>,
+    /// Whether it is asked by UDP.
+    pub udp: bool,
     /// It cannot be upgraded like this: what a second process says before it ends.
     pub cannot: Option<&'static str>,
 }
 
 /// To begin a definition with.
-pub const SERVER: Server =
-    Server { name: "", probe: &[], files: &[], build: &[], flags: &[], command: &[], exchange: None, cannot: None };
+pub const SERVER: Server = Server {
+    name: "",
+    probe: &[],
+    files: &[],
+    build: &[],
+    flags: &[],
+    command: &[],
+    exchange: None,
+    udp: false,
+    cannot: None,
+};
 
 /// What came of a server. A line of the result file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -65,7 +76,8 @@ impl Server {
         self.build(&site);
         let words: Vec<_> = self.flags.iter().chain(&["--"]).chain(self.command).copied().collect();
         let supervisor = site.start(&words);
-        let load = crate::common::load::Config { exchange: self.exchange.clone(), ..site.load() };
+        let target = if self.udp { Target::Udp(site.address) } else { Target::Tcp(site.address) };
+        let load = Config { exchange: self.exchange.clone(), target, ..site.load() };
         let (upgrades, (fresh, kept)) = match self.cannot {
             Some(reason) => (0, (refuse_under_load(&supervisor, &load, reason), Summary::default())),
             None => (5, upgrade_under_load(&supervisor, &load)),

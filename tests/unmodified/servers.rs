@@ -161,18 +161,29 @@ servers! {
     },
     memcached: Server {
         name: "memcached VERSION",
-        probe: &["memcached", "--version"],
-        command: &["memcached", "-u", "nobody", "-l", "127.0.0.1", "-p", "PORT", "-U", "0"],
         exchange: Some(Exchange { request: b"get nothing\r\n", answer: |read| line(read, b"END\r\n") }),
-        ..SERVER
+        ..MEMCACHED
+    },
+    // The frame's header: which request, which datagram of it, of how many.
+    memcached_with_udp: Server {
+        name: "memcached VERSION, UDP",
+        exchange: Some(Exchange {
+            request: b"\x12\x34\0\0\0\x01\0\0get nothing\r\n",
+            answer: |read| line(read, b"\x12\x34\0\0\0\x01\0\0END\r\n"),
+        }),
+        udp: true,
+        ..MEMCACHED
     },
     unbound: Server {
         name: "unbound VERSION, DNS on TCP",
-        probe: &["unbound", "-V"],
-        files: &[("unbound.conf", UNBOUND)],
-        command: &["unbound", "-d", "-c", "unbound.conf"],
-        exchange: Some(Exchange { request: QUERY, answer: dns }),
-        ..SERVER
+        exchange: Some(Exchange { request: QUERY, answer: dns_on_tcp }),
+        ..UNBOUND_SERVER
+    },
+    unbound_with_udp: Server {
+        name: "unbound VERSION, DNS on UDP",
+        exchange: Some(Exchange { request: QUERY.split_at(2).1, answer: dns }),
+        udp: true,
+        ..UNBOUND_SERVER
     },
     // The pid file's place is in the configuration alone, and both would write the same databases.
     knot: Server {
@@ -180,7 +191,7 @@ servers! {
         probe: &["knotd", "--version"],
         files: &[("knot.conf", KNOT), ("test.zone", ZONE)],
         command: &["knotd", "-c", "knot.conf"],
-        exchange: Some(Exchange { request: QUERY, answer: dns }),
+        exchange: Some(Exchange { request: QUERY, answer: dns_on_tcp }),
         cannot: Some("server PID found, already running"),
         ..SERVER
     },
@@ -316,11 +327,24 @@ http://ADDRESS {
 }
 ";
 
+const MEMCACHED: Server = Server {
+    probe: &["memcached", "--version"],
+    command: &["memcached", "-u", "nobody", "-l", "127.0.0.1", "-p", "PORT", "-U", "PORT"],
+    ..SERVER
+};
+
+/// On TCP and on UDP, with a socket of each for each thread.
+const UNBOUND_SERVER: Server = Server {
+    probe: &["unbound", "-V"],
+    files: &[("unbound.conf", UNBOUND)],
+    command: &["unbound", "-d", "-c", "unbound.conf"],
+    ..SERVER
+};
+
 const UNBOUND: &str = "
 server:
   interface: 127.0.0.1
   port: PORT
-  do-udp: no
   num-threads: 2
   incoming-num-tcp: 100
   username: \"\"
@@ -363,15 +387,19 @@ const QUERY: &[u8] = b"\0\x1b\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x04name\x04test\0\
 
 /// An answer to it: the query's number, no error, and one record.
 fn dns(read: &[u8]) -> Result<Option<usize>> {
-    let Some(length) = read.first_chunk().map(|&length| usize::from(u16::from_be_bytes(length)) + 2) else {
-        return Ok(None);
-    };
-    if read.len() < length {
-        return Ok(None);
+    match *read {
+        [] => Ok(None),
+        [0x12, 0x34, flags, code, _, _, 0, 1, ..] if flags >= 0x80 && code % 16 == 0 => Ok(Some(read.len())),
+        _ => Err(Error::new(ErrorKind::InvalidData, format!("no answer to the query: {read:?}"))),
     }
-    match read[2..length] {
-        [0x12, 0x34, flags, code, _, _, 0, 1, ..] if flags >= 0x80 && code % 16 == 0 => Ok(Some(length)),
-        _ => Err(Error::new(ErrorKind::InvalidData, format!("no answer to the query: {:?}", &read[..length]))),
+}
+
+/// The same with its length before it.
+fn dns_on_tcp(read: &[u8]) -> Result<Option<usize>> {
+    let Some((&length, answer)) = read.split_first_chunk() else { return Ok(None) };
+    match answer.get(..u16::from_be_bytes(length).into()) {
+        Some(answer) => Ok(dns(answer)?.map(|length| length + 2)),
+        None => Ok(None),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The client's side of HTTP/1.1, as far as it takes to see each failure.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +13,8 @@ const LONGEST_ANSWER: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub enum Target {
     Tcp(SocketAddr),
+    /// A socket in the place of a connection, with a port of its own. What is lost is not sent again.
+    Udp(SocketAddr),
     Unix(PathBuf),
 }
 
@@ -26,6 +28,7 @@ pub struct Exchange {
 
 enum Stream {
     Tcp(TcpStream),
+    Udp(UdpSocket),
     Unix(UnixStream),
 }
 
@@ -49,7 +52,7 @@ pub struct Answer {
 impl Connection {
     pub fn new(target: &Target, timeout: Duration) -> io::Result<Connection> {
         let host = match target {
-            Target::Tcp(address) => address.to_string(),
+            Target::Tcp(address) | Target::Udp(address) => address.to_string(),
             Target::Unix(_) => "localhost".to_owned(),
         };
         let stream = match target {
@@ -59,6 +62,13 @@ impl Connection {
                 stream.set_write_timeout(Some(timeout))?;
                 stream.set_nodelay(true)?;
                 Stream::Tcp(stream)
+            }
+            Target::Udp(address) => {
+                let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let socket = UdpSocket::bind(any)?;
+                socket.connect(address)?;
+                socket.set_read_timeout(Some(timeout))?;
+                Stream::Udp(socket)
             }
             Target::Unix(path) => {
                 let stream = UnixStream::connect(path)?;
@@ -76,6 +86,7 @@ impl Connection {
         let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{close}\r\n", self.host);
         match &mut self.stream {
             Stream::Tcp(stream) => stream.write_all(request.as_bytes())?,
+            Stream::Udp(socket) => drop(socket.send(request.as_bytes())?),
             Stream::Unix(stream) => stream.write_all(request.as_bytes())?,
         }
         let head = loop {
@@ -91,6 +102,7 @@ impl Connection {
     pub fn exchange(&mut self, exchange: &Exchange) -> io::Result<Answer> {
         match &mut self.stream {
             Stream::Tcp(stream) => stream.write_all(exchange.request)?,
+            Stream::Udp(socket) => drop(socket.send(exchange.request)?),
             Stream::Unix(stream) => stream.write_all(exchange.request)?,
         }
         let length = loop {
@@ -179,6 +191,7 @@ impl Connection {
         let mut buffer = [0; 4096];
         let length = match &mut self.stream {
             Stream::Tcp(stream) => stream.read(&mut buffer)?,
+            Stream::Udp(socket) => socket.recv(&mut buffer)?,
             Stream::Unix(stream) => stream.read(&mut buffer)?,
         };
         if length == 0 {
