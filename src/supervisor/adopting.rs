@@ -347,6 +347,7 @@ impl Driver {
             return;
         }
         self.forget_closed_by_who_serves();
+        self.forget_closed_locals();
         let own = self.adopted.addresses(id);
         let missing = self.expected().into_iter().filter(|key| !own.contains(key)).map(|key| {
             match self.adopted.declared.get(&key) {

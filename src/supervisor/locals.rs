@@ -25,6 +25,7 @@ use super::adopting::Verdict;
 use super::driver::Driver;
 use super::recorded::{RecordedFile, RecordedListener};
 use crate::core::GenerationId;
+use crate::drain::connections;
 use crate::handoff::adopt::file::{Location, SocketFile};
 use crate::handoff::adopt::guard::Guard;
 use crate::handoff::adopt::remote::{Caller, LookError, UnixName};
@@ -90,8 +91,9 @@ impl Local {
         }
     }
 
-    fn remove(&self) {
-        if let Some(Err(error)) = self.file.as_ref().map(|file| file.remove(true)) {
+    /// Removes its second name, and the file as well if it is there and nobody has it any more.
+    fn remove(&self, is_gone: bool) {
+        if let Some(Err(error)) = self.file.as_ref().map(|file| file.remove(is_gone)) {
             tracing::warn!(generation = %self.owner, "cannot remove the names of its socket: {error}");
         }
     }
@@ -166,7 +168,7 @@ impl Locals {
     pub fn remove_all(&mut self) {
         self.guards.clear();
         for local in std::mem::take(&mut self.all) {
-            local.remove();
+            local.remove(true);
         }
     }
 }
@@ -188,6 +190,11 @@ impl Driver {
     ) -> Result<Verdict, LookError> {
         let own = caller.copy(fd)?;
         let Ok(kind) = SockRef::from(&own).r#type() else { return Ok(Verdict::GoesOn) };
+        let ready = self.running.get(&id).is_some_and(|running| running.ready);
+        if kind == Type::DGRAM && ready {
+            // A client's: who wants answers to its datagrams has to have a name.
+            return Ok(Verdict::GoesOn);
+        }
         match name {
             UnixName::Path(path) => self.binds_path(id, caller, (fd, own), kind, &path),
             UnixName::Abstract(name) => self.binds_abstract(id, caller, (fd, own), kind, name),
@@ -234,7 +241,7 @@ impl Driver {
         self.adopted.locals.all.retain(|local| {
             let stays = local.owner != id || !local.is(&place, kind);
             if !stays {
-                local.remove();
+                local.remove(true);
             }
             stays
         });
@@ -335,6 +342,28 @@ impl Driver {
         serving.filter(|local| local.listens && !is_there(&local.place)).map(ToString::to_string).collect()
     }
 
+    /// What the generation that serves has closed is not waited for.
+    pub(super) fn forget_closed_locals(&mut self) {
+        let Some(serving) = self.machine.serving().filter(|serving| self.adopted.locals.of(*serving).next().is_some())
+        else {
+            return;
+        };
+        let group = self.running.get(&serving).and_then(|running| running.group.clone());
+        let Some(Ok(pids)) = group.map(|group| group.pids()) else { return };
+        let open = connections::sockets(&pids);
+        let is_open = |local: &Local| {
+            let inode = fstat(&*local.socket).ok().and_then(|found| u32::try_from(found.st_ino).ok());
+            inode.is_none_or(|inode| open.contains(&inode))
+        };
+        self.adopted.locals.all.retain(|local| {
+            let stays = local.owner != serving || is_open(local);
+            if !stays {
+                local.remove(false);
+            }
+            stays
+        });
+    }
+
     /// Whether the generation that serves has any.
     pub(super) fn serves_locals(&self) -> bool {
         self.machine.serving().is_some_and(|serving| self.adopted.locals.of(serving).next().is_some())
@@ -372,7 +401,7 @@ impl Driver {
                 if local.has_waiting() {
                     tracing::error!("what waited at {local} for a generation that is gone is lost");
                 }
-                local.remove();
+                local.remove(true);
             }
             stays
         });
@@ -391,7 +420,7 @@ impl Driver {
                     if local.has_waiting() && !shared {
                         tracing::error!("what waited at {local} for a generation that is gone is lost");
                     }
-                    local.remove();
+                    local.remove(true);
                 }
                 local.owner != id
             });

@@ -328,15 +328,6 @@ pub fn processes_with(text: &str) -> Vec<i32> {
     .collect()
 }
 
-/// SIGSTOP, until each of its threads has stopped.
-pub fn stop(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).unwrap();
-    let process = procfs::process::Process::new(pid.as_raw()).unwrap();
-    wait_for("it stops", || {
-        process.tasks().unwrap().flatten().all(|task| task.stat().is_ok_and(|stat| stat.state == 'T'))
-    });
-}
-
 /// Waits for something that no event tells.
 pub fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -279,29 +279,6 @@ fn a_service_of_root_may_gain_privileges_as_ever_whoever_it_runs_as() {
     });
 }
 
-/// The calling thread's alone, as setresuid(2) itself is.
-fn set_effective(uid: Uid) {
-    // SAFETY: setresuid(2) takes integers.
-    let set = unsafe { libc::syscall(libc::SYS_setresuid, u32::MAX, uid.as_raw(), u32::MAX) };
-    assert_eq!(set, 0);
-}
-
-#[test]
-fn without_privilege_none_can_be_gained_and_that_is_said() {
-    if !Uid::effective().is_root() {
-        return;
-    }
-    alone(async {
-        let sleep = sleep();
-        set_effective(somebody().uid);
-        let service = Trapped::start(sleep).await;
-        set_effective(Uid::from_raw(0));
-        assert!(service.trap().no_new_privs);
-        assert_eq!(status(service.pid(), "NoNewPrivs"), "1");
-        service.kill().await;
-    });
-}
-
 #[test]
 fn under_another_filter_there_can_be_none() {
     // A thread of its own: it never gets rid of its filter.

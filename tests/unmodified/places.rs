@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 
 use crate::common::load::Load;
-use crate::common::{puppet, try_request, wait_for, Setup, PATIENCE, ZDDSUP};
+use crate::common::{puppet, request, try_request, wait_for, Setup, PATIENCE, ZDDSUP};
 use crate::stage::{upgrade_under_load, Site};
 
 /// Runs the rest of its arguments under a filter that lets one system call fail with EPERM, as a container's profile does.
@@ -80,6 +80,7 @@ fn an_ordinary_user_upgrades_too() {
     let words = ["--", &puppet, "--bind", &address, "--script", "script"];
     let supervisor = Setup::within(site.dir.clone(), words).through(&NOBODY).start();
     assert!(supervisor.log().contains("cannot gain privileges"), "{}", supervisor.log());
+    assert!(request(site.address, "/inherited").contains("NoNewPrivs 1\n"));
     let loads = [Load::start(site.load()), Load::start(site.load().keep_alive())];
     for number in 2..=6 {
         supervisor.signal(Signal::SIGHUP);

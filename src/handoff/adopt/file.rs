@@ -93,6 +93,10 @@ impl SocketFile {
         match fs::hard_link(&self.hidden, &self.location.name) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            // A service may have removed the second name, which getsockname(2) gave it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Look::at(&self.location.name).is_some() => {
+                Ok(false)
+            }
             Err(error) => Err(error),
         }
     }
@@ -272,6 +276,8 @@ mod tests {
             assert!(accepted_by(&path, &one));
         }
         assert_eq!(names(dir.path()), [".one", ".two", "web.sock"]);
+        fs::remove_file(dir.path().join(".one")).unwrap();
+        assert!(!first.put_back().unwrap());
         second.remove(true).unwrap();
         first.remove(true).unwrap();
         assert_eq!(names(dir.path()), [""; 0]);
