@@ -347,14 +347,13 @@ impl Side {
                 format!("`{}`, then TERM, and when it has ended the same again", duel.start)
             }
         };
-        let mut note = format!("- {name}, {}: {how}.", self.by);
-        for (load, failures) in LOADS.iter().zip(&self.seen.failures).filter(|(_, failures)| !failures.is_empty()) {
+        let lost = LOADS.iter().zip(&self.seen.failures).filter(|(_, failures)| !failures.is_empty());
+        let lost = lost.map(|(load, failures)| {
             let kinds: Vec<_> = failures.iter().map(|(failure, count)| format!("{count} {failure:?}")).collect();
-            note += &format!(" Failed, {load}: {}.", kinds.join(", "));
-        }
-        for trouble in &self.seen.troubles {
-            note += &format!("\n  {trouble}");
-        }
-        note
+            format!(" Failed, {load}: {}.", kinds.join(", "))
+        });
+        let troubles = self.seen.troubles.iter().map(|trouble| format!("\n  {trouble}"));
+        let more: String = lost.chain(troubles).collect();
+        format!("- {name}, {}: {how}.{more}", self.by)
     }
 }
