@@ -2,8 +2,7 @@
 //!
 //! `cargo bench --bench counting`. A limit of open files is one of a process, so there are as many processes as it takes:
 //! those that accept are counted like the workers of one generation. A hundred thousand connections are two hundred thousand
-//! sockets, and take about a gigabyte of the kernel's memory while they are there. As root it has a network namespace of
-//! its own: nobody else's ports are used up.
+//! sockets without anything in their buffers. As root it has a network namespace of its own: nobody else's ports are used up.
 
 mod common;
 
