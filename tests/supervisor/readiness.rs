@@ -93,7 +93,7 @@ fn an_unrelated_process_cannot_say_it() {
 #[test]
 fn a_generation_of_before_cannot_say_it_for_the_next() {
     let stage = Stage::start(&["--ready", "notify"], "--version 1 --also-bind 127.0.0.1:0");
-    let first = own_address(&stage.log());
+    let first = own_address(&stage.wait_for_log("puppet: listens on "));
     stage.next("--version 2 --ready none");
     stage.signal(Signal::SIGHUP);
     let second = candidate(&stage, 2).pid.unwrap();
