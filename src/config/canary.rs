@@ -157,8 +157,9 @@ pub struct CanaryFlags {
 
 /// `exec:COMMAND`, `http://…`
 fn check(text: &str) -> Result<Probe, String> {
-    match text.parse()? {
-        Ready::Probe(probe @ (Probe::Exec(_) | Probe::Http(_))) => Ok(probe),
+    let is_one = ["exec:", "http://", "https://", "https+insecure://"].iter().any(|scheme| text.starts_with(scheme));
+    match is_one.then(|| text.parse()).transpose()? {
+        Some(Ready::Probe(probe @ (Probe::Exec(_) | Probe::Http(_)))) => Ok(probe),
         _ => Err("write exec:COMMAND or http://HOST:PORT/PATH".to_owned()),
     }
 }

@@ -67,8 +67,8 @@ pub enum ConfigError {
     NothingAdopted(&'static str),
     /// A canary has no socket of its own.
     #[error(
-        "--canary shares out new connections, for which each generation needs sockets of its own: use --switch steered, or \
-         let the program bind for itself (--handoff adopt)"
+        "--canary shares out new connections, for which each generation needs sockets of its own: use --switch steered \
+         with TCP listeners alone, or let the program bind for itself (--handoff adopt)"
     )]
     NothingToShareOut,
     /// Nobody would look.
@@ -221,11 +221,12 @@ impl ServiceConfig {
         if !adopts && self.ready == Ready::Listen {
             return Err(ConfigError::NothingAdopted("--ready listen"));
         }
-        if !adopts && !self.steers() && self.canary.is_some() {
+        let is_shared = |listener: &ListenerSpec| !self.steers() || !listener.address.is_tcp();
+        let shared = self.listeners.iter().find(|listener| is_shared(listener));
+        if !adopts && self.canary.is_some() && (!self.steers() || shared.is_some()) {
             return Err(ConfigError::NothingToShareOut);
         }
         if !adopts && self.drain == Drain::Observe {
-            let shared = self.listeners.iter().find(|listener| !self.steers() || !listener.address.is_tcp());
             if let Some(shared) = shared {
                 return Err(ConfigError::GetsNewOnes(shared.address.to_string()));
             }

@@ -48,7 +48,7 @@ pub struct Adopted {
     pub(super) left: Vec<Leaving>,
     /// Of UDP, to be closed once nobody else has them.
     pub(super) closing: Vec<(Key, u64)>,
-    ports: Ports,
+    pub(super) ports: Ports,
     /// From where a canary gets everything.
     pub(super) diverted: Vec<Origin>,
     pub(super) due: Option<Instant>,
@@ -313,6 +313,7 @@ impl Driver {
         if let Err(error) = group.join(id, &socket) {
             tracing::error!(generation = %id, "{error}");
         }
+        self.record();
         self.has_listened(id);
         if others && self.machine.serving().is_none() {
             if let Some(held) = self.take_what_comes(id, &key, &socket) {
@@ -404,6 +405,7 @@ impl Driver {
                 tracing::warn!(generation = %to, "does not listen on {}, which --listen asks for: what comes there waits", group.key());
             }
         }
+        self.leave_nobodys(to);
         let running = &self.running;
         self.adopted.ports.serves(to, &listens, |owner| running.contains_key(&owner));
         self.switch_locals(to);

@@ -62,17 +62,18 @@ impl Driver {
     /// An upgrade by a canary, or at once.
     pub(super) fn upgrade_by(&mut self, canary: Option<Canary>) -> Result<Request, Refusal> {
         let Some(canary) = canary else { return Ok(Request::Upgrade) };
-        if !self.is_steered() {
+        if !self.steers_all() {
             return Err(Refusal {
                 reason: "all generations share one socket, and a canary needs one for each: new connections cannot be \
                          shared out"
                     .to_owned(),
-                remedy: "start it with `zddsup run --switch steered`, or let the program bind for itself (`--handoff \
-                         adopt`), or upgrade without a canary (`zddsup upgrade --no-canary`)"
-                    .to_owned(),
+                remedy:
+                    "start it with `zddsup run --switch steered` and TCP listeners alone, or let the program bind for \
+                         itself (`--handoff adopt`), or upgrade without a canary (`zddsup upgrade --no-canary`)"
+                        .to_owned(),
             });
         }
-        if self.machine.serving().is_some() && self.expected().is_empty() {
+        if self.machine.serving().is_some_and(|serving| self.adopted.addresses(serving).is_empty()) {
             return Err(Refusal {
                 reason: "no socket of the generation that serves is known, so that nothing can be shared out"
                     .to_owned(),
@@ -84,11 +85,6 @@ impl Driver {
         let checked = canary.check.is_some() || matches!(self.config.ready, Ready::Probe(_));
         let plan = self.plan(canary);
         Ok(Request::Canary(core::Canary { plan, steps, interval, switches, checked }))
-    }
-
-    /// Whether each generation has sockets of its own, and the kernel steers new connections among them.
-    pub(super) fn is_steered(&self) -> bool {
-        self.steers_all()
     }
 
     /// A number for it: the same for the same. Those that nobody needs are forgotten.

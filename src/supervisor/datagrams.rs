@@ -108,6 +108,7 @@ impl Driver {
             self.adopted.due.get_or_insert(now + LOOK_AGAIN);
         } else {
             tracing::info!(generation = %id, "gets what comes to {key} once it is switched to");
+            self.record();
             self.has_listened(id);
         }
     }

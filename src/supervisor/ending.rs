@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
 use super::driver::{Driver, Input};
-use super::running::{Main, Running};
+use super::running::{Main, Running, Seen};
 use super::signals;
 use super::spawning::LOOK_AGAIN;
 use crate::config::{Drain, Handoff};
@@ -27,10 +27,11 @@ use crate::sys::pidfd::PidFd;
 /// 512 under systemd). Whoever floods it does not keep the end from being acted on.
 const LAST_WORDS: usize = 1024;
 
-/// A generation whose drain is observed has drained when so many looks in a row found nothing.
-const QUIET_LOOKS: u32 = 2;
-/// The same where it gets datagrams: one second and a half.
-const QUIET_LOOKS_OF_DATAGRAMS: u32 = 4;
+/// A generation whose drain is observed has drained when looks have found nothing for so long: handshakes that were under
+/// way at the switch have come to their end.
+const QUIET: Duration = LOOK_AGAIN;
+/// The same where it gets datagrams, which it may be about to answer.
+const QUIET_WITH_DATAGRAMS: Duration = Duration::from_millis(1500);
 
 impl Driver {
     pub(super) fn spawned(&mut self, id: GenerationId, result: Result<Spawned, SpawnError>) {
@@ -49,7 +50,13 @@ impl Driver {
                 self.check_canary(id);
                 self.record();
             }
-            Err(error) if error.is_trap() && self.config.handoff == Handoff::Auto && !self.cannot_trap => {
+            // Beside one whose sockets are steered it could bind what nobody knows of: then it rather fails.
+            Err(error)
+                if error.is_trap()
+                    && self.config.handoff == Handoff::Auto
+                    && !self.cannot_trap
+                    && self.adopted.groups.is_empty() =>
+            {
                 tracing::warn!("a program that binds for itself cannot be upgraded without a gap here: {error}");
                 self.cannot_trap = true;
                 let source = running.source;
@@ -170,7 +177,7 @@ impl Driver {
         if self.observes_drains() && !self.shares_locals(id) {
             tracing::info!(generation = %id, "drains: {} once its last connection is gone", self.config.stop_signal);
             if let Some(running) = self.running.get_mut(&id) {
-                running.quiet_looks = Some(0);
+                running.seen = Some(Seen::Busy);
             }
         } else if !self.empties_first(id) {
             self.begin_drain(id);
@@ -199,14 +206,24 @@ impl Driver {
         }
     }
 
-    /// Connections of a generation were counted. Twice none, and none that waits: it has drained. One that gets datagrams
-    /// is given some more time for its answers. Connections that are still count as none (`--drain-idle`).
+    /// Connections of a generation were counted. None for a while, and none that waits: it has drained, however often that
+    /// was looked at (whoever asks for the status does so too). One that gets datagrams is given some more time for its
+    /// answers. Connections that are still count as none (`--drain-idle`).
     pub(super) fn observed(&mut self, id: GenerationId, count: Count) {
         let waiting = self.has_waiting(id);
-        let enough = if self.gets_datagrams(id) { QUIET_LOOKS_OF_DATAGRAMS } else { QUIET_LOOKS };
-        let Some(looks) = self.running.get_mut(&id).and_then(|running| running.quiet_looks.as_mut()) else { return };
-        *looks = if count.all == count.still && !waiting { *looks + 1 } else { 0 };
-        if *looks == enough {
+        let enough = if self.gets_datagrams(id) { QUIET_WITH_DATAGRAMS } else { QUIET };
+        let Some(running) = self.running.get_mut(&id) else { return };
+        let (now, busy) = (Instant::now(), count.all > count.still || waiting);
+        let drained = match running.seen {
+            None => return,
+            Some(Seen::QuietSince(since)) if !busy => now - since >= enough,
+            Some(Seen::Busy | Seen::QuietSince(_)) => {
+                running.seen = Some(if busy { Seen::Busy } else { Seen::QuietSince(now) });
+                false
+            }
+        };
+        if drained {
+            running.seen = None;
             if count.still > 0 {
                 tracing::info!(generation = %id, idle = count.still, "has drained: its other connections are gone");
             }

@@ -82,6 +82,7 @@ impl Driver {
         // With nobody to serve, what comes waits in the dead one's queue for the next one.
         if let Some(serving) = self.machine.serving() {
             let mut left = std::mem::take(&mut self.adopted.left);
+            let before = left.len();
             let looks: Vec<_> = left.iter_mut().map(|leaving| leaving.retired.look().ok()).collect();
             let mut index = 0;
             left.retain_mut(|leaving| {
@@ -89,9 +90,13 @@ impl Driver {
                 index += 1;
                 self.tend(leaving, look, serving)
             });
+            let some_left = left.len() < before;
             self.adopted.left.extend(left);
             self.close_datagrams();
             self.adopted.groups.retain(|_, group| group.members().next().is_some());
+            if some_left {
+                self.record();
+            }
             let awaited = self.adopted.left.iter().any(|leaving| !leaving.kept);
             self.adopted.due = awaited.then(|| Instant::now() + LOOK_AGAIN);
         }

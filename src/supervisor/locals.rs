@@ -144,6 +144,7 @@ impl Locals {
                 adopted_from: Some(local.owner),
                 file,
                 group: String::new(),
+                any_port: false,
             })
         })
     }

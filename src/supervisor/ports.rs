@@ -51,6 +51,11 @@ impl Ports {
         });
     }
 
+    /// Whether the kernel chose the port of this socket of a generation.
+    pub fn chose(&self, owner: GenerationId, inode: u64) -> bool {
+        self.chosen.iter().any(|chosen| chosen.owner == owner && chosen.inode == inode)
+    }
+
     fn of(&self, owner: GenerationId) -> impl Iterator<Item = SocketAddr> + '_ {
         self.chosen.iter().filter(move |chosen| chosen.owner == owner).map(|chosen| chosen.address)
     }

@@ -68,6 +68,9 @@ pub struct RecordedListener {
     /// Those of one address.
     #[serde(default)]
     pub group: String,
+    /// Whether the kernel chose its port: the next generation is to get the same one.
+    #[serde(default)]
+    pub any_port: bool,
     /// Of a Unix socket that it made: its file.
     #[serde(default)]
     pub file: Option<RecordedFile>,
@@ -148,6 +151,7 @@ mod tests {
                 inode: 9,
                 adopted_from: Some(GenerationId(7)),
                 group: "g".to_owned(),
+                any_port: true,
                 file: Some(RecordedFile { directory: "/run".into(), name: "a".to_owned(), hidden: "b".to_owned() }),
             }],
         );

@@ -47,8 +47,8 @@ pub struct Running {
     pub probed: bool,
     /// Whether its drain ended by itself; none while it does not drain.
     pub drained: Option<bool>,
-    /// Its drain is observed: how many looks in a row have found no connection of it.
-    pub quiet_looks: Option<u32>,
+    /// Its drain is observed, and what was seen last.
+    pub seen: Option<Seen>,
     /// The supervisor's end of its handoff socket.
     pub channel: Option<Channel>,
     /// Its stderr.
@@ -73,6 +73,15 @@ pub struct Running {
     pub watchdog: Watchdog,
     /// Tasks that end with it.
     pub tasks: Tasks,
+}
+
+/// What a look at a generation has shown, the drain of which is observed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// It has something to finish, or was not looked at yet.
+    Busy,
+    /// All looks since this one have found nothing.
+    QuietSince(Instant),
 }
 
 /// A generation's main process.

@@ -97,7 +97,7 @@ impl Driver {
             has_listened: false,
             probed: false,
             drained: None,
-            quiet_looks: None,
+            seen: None,
             channel: None,
             capture: None,
             told_to_drain: None,

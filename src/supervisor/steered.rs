@@ -190,11 +190,19 @@ impl Driver {
             }
             return Some(late);
         }
-        let nobodys = group.members().filter(|(owner, _, leaving)| *owner == NOBODY && !leaving);
-        for socket in nobodys.map(|(_, socket, _)| Arc::clone(socket)).collect::<Vec<_>>() {
+        self.leave_nobodys(id);
+        None
+    }
+
+    /// Where this generation gets what is new, a socket that nobody has is needed no more.
+    pub(super) fn leave_nobodys(&mut self, id: GenerationId) {
+        let is_left = |socket| self.adopted.left.iter().any(|leaving| Arc::ptr_eq(leaving.socket(), socket));
+        let groups = self.adopted.groups.values().filter(|group| !group.of(id).is_empty());
+        let nobodys = groups.flat_map(Group::members).filter(|(owner, _, leaving)| *owner == NOBODY && !leaving);
+        let sockets: Vec<_> = nobodys.map(|(_, socket, _)| socket).filter(|socket| !is_left(socket)).cloned().collect();
+        for socket in sockets {
             self.adopted.leave(NOBODY, socket);
         }
-        None
     }
 
     /// The one that served is gone while another starts: what is new waits for that one, as nobody else could take it. If it

@@ -40,6 +40,7 @@ struct Adoptee {
     socket: OwnedFd,
     /// Of which process it was taken.
     pid: i32,
+    any_port: bool,
     file: Option<RecordedFile>,
 }
 
@@ -62,9 +63,7 @@ impl Orphans {
         let serves =
             |id| generations.iter().any(|orphan| orphan.recorded.number == id && orphan.recorded.role == Role::Serving);
         for listener in recorded.listeners {
-            let mut mains = generations.iter().filter_map(|orphan| orphan.main.as_ref());
-            let found =
-                mains.find_map(|(member, pidfd)| Some((member.pid, socket_of(*member, pidfd, listener.inode)?)));
+            let found = generations.iter().find_map(|orphan| orphan.socket(listener.inode));
             match (listener.adopted_from, found) {
                 (Some(owner), found) => {
                     // One of several: that of the generation that serves, if it has one.
@@ -72,8 +71,8 @@ impl Orphans {
                     if let Some(copy) = found.as_ref().filter(|_| wanted).and_then(|(_, fd)| fd.try_clone().ok()) {
                         sockets.insert(listener.name, copy);
                     }
-                    let file = listener.file;
-                    let adoptee = found.map(|(pid, socket)| Adoptee { owner, socket, pid, file });
+                    let (any_port, file) = (listener.any_port, listener.file);
+                    let adoptee = found.map(|(pid, socket)| Adoptee { owner, socket, pid, any_port, file });
                     groups.entry(listener.group).or_default().push(adoptee);
                 }
                 (None, Some((_, fd))) => drop(sockets.insert(listener.name, fd)),
@@ -103,6 +102,16 @@ impl Orphan {
         }
         let lives = main.is_some() || !group.is_empty().unwrap_or(true);
         lives.then_some(Orphan { recorded, main, group })
+    }
+
+    /// A copy of a socket, and of which process: its main one, if that has it; else a worker.
+    fn socket(&self, inode: u64) -> Option<(i32, OwnedFd)> {
+        let of = |member: Member, pidfd: &PidFd| Some((member.pid, socket_of(member, pidfd, inode)?));
+        let of_main = self.main.as_ref().and_then(|(member, pidfd)| of(*member, pidfd));
+        of_main.or_else(|| {
+            let members = self.group.pids().unwrap_or_default().into_iter().map(Pid::from_raw);
+            members.filter_map(|pid| Member::of(pid).ok()).find_map(|member| of(member, &member.open().ok()?))
+        })
     }
 }
 
@@ -147,7 +156,10 @@ impl Driver {
         let (shared, steered): (Vec<_>, Vec<_>) =
             orphans.adopted.into_iter().partition(|adoptee| is_shared(&adoptee.socket));
         drop(shared);
-        for Adoptee { owner, socket, pid, file } in steered {
+        for Adoptee { owner, socket, pid, any_port, file } in steered {
+            if any_port {
+                self.adopted.ports.bound(owner, &socket);
+            }
             if SockRef::from(&socket).domain().is_ok_and(|domain| domain == Domain::UNIX) {
                 self.adopted.locals.found(owner, socket, pid, file.as_ref());
             } else {
@@ -190,7 +202,7 @@ impl Driver {
                 has_listened: false,
                 probed: false,
                 drained: None,
-                quiet_looks: None,
+                seen: None,
                 channel: None,
                 capture: stderr.and_then(|pipe| Capture::adopt(&pipe, &self.output).ok()),
                 told_to_drain: None,
@@ -235,15 +247,20 @@ impl Driver {
                 inode: listener.inode(),
                 adopted_from: None,
                 group: String::new(),
+                any_port: false,
                 file: None,
             })
-            .chain(self.adopted.sockets().map(|(key, owner, socket)| RecordedListener {
-                name:
-                    self.adopted.declared.get(key).map_or_else(String::new, |at| self.listeners[*at].name().to_owned()),
-                inode: fstat(socket).map_or(0, |found| found.st_ino),
-                adopted_from: Some(owner),
-                group: key.to_string(),
-                file: None,
+            .chain(self.adopted.sockets().map(|(key, owner, socket)| {
+                let name = self.adopted.declared.get(key).map(|at| self.listeners[*at].name().to_owned());
+                let inode = fstat(socket).map_or(0, |found| found.st_ino);
+                RecordedListener {
+                    name: name.unwrap_or_default(),
+                    inode,
+                    adopted_from: Some(owner),
+                    group: key.to_string(),
+                    any_port: self.adopted.ports.chose(owner, inode),
+                    file: None,
+                }
             }))
             .chain(self.adopted.locals.recorded())
             .collect();

@@ -334,3 +334,50 @@ fn what_the_old_one_has_not_accepted_yet_it_accepts_before_it_is_told_to_stop() 
     }
     supervisor.wait_settled();
 }
+
+#[test]
+fn a_canary_under_load_is_given_up_and_promoted_and_loses_nothing() {
+    let stage = start(&["--drain", "observe"], "--version 1");
+    let loads = [stage.load(), stage.keep_alive_load()];
+    let begin = |version: &str| {
+        stage.next(&format!("--version {version}"));
+        let output = stage.cli(&["upgrade", "--wait=canary", "--canary", "30%"]);
+        assert!(output.status.success(), "{output:?}\n{}", stage.log());
+        assert!(loads[0].saw(version, PATIENCE), "{}\n{}", loads[0].so_far(), stage.log());
+    };
+    begin("2");
+    assert!(stage.cli(&["abort"]).status.success(), "{}", stage.log());
+    stage.wait_settled();
+    for _ in 0..50 {
+        assert!(request(stage.address(), "/").contains("version=1 "));
+    }
+    begin("3");
+    assert!(stage.cli(&["promote"]).status.success(), "{}", stage.log());
+    for _ in 0..50 {
+        assert!(request(stage.address(), "/").contains("version=3 "));
+    }
+    stage.next("--version 4");
+    stage.upgrade();
+    assert!(loads[0].saw("4", PATIENCE));
+    clean(loads);
+    stage.wait_settled();
+}
+
+#[test]
+fn after_a_candidate_that_failed_the_next_upgrade_goes_as_ever() {
+    let stage = start(&["--ready", "notify", "--start-timeout", "2s"], "--version 1");
+    let loads = [stage.load(), stage.keep_alive_load()];
+    for (failing, good) in [("--version 2 --exit-before-ready 1", "3"), ("--version 4 --ready none", "5")] {
+        stage.next(failing);
+        assert_eq!(stage.cli(&["upgrade"]).status.code(), Some(3), "{}", stage.log());
+        stage.next(&format!("--version {good}"));
+        stage.upgrade();
+        for load in &loads {
+            assert!(load.saw(good, PATIENCE), "{}\n{}", load.so_far(), stage.log());
+        }
+    }
+    for summary in clean(loads) {
+        assert_eq!(summary.order(), ["1", "3", "5"], "{summary}");
+    }
+    stage.wait_settled();
+}

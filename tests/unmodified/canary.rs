@@ -513,7 +513,11 @@ fn where_sockets_are_shared_it_is_refused_before_anything_is_spawned() {
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         assert!(text(&output.stderr).contains(said), "{output:?}");
     }
-    let mut refused = Setup::new(["--listen", "127.0.0.1:0", "--canary", "5%", "--", "true"]).spawn();
-    assert_eq!(refused.wait().code(), Some(2));
-    assert!(refused.log().contains("--handoff adopt"), "{}", refused.log());
+    // UDP sockets of zddsup are shared always.
+    for flags in [&[][..], &["--switch", "steered", "--listen", "udp=udp://127.0.0.1:0"]] {
+        let words = [&["--listen", "tcp=127.0.0.1:0", "--canary", "5%"][..], flags, &["--", "true"]].concat();
+        let mut refused = Setup::new(words).spawn();
+        assert_eq!(refused.wait().code(), Some(2));
+        assert!(refused.log().contains("--handoff adopt"), "{}", refused.log());
+    }
 }

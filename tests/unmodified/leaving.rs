@@ -14,21 +14,28 @@ use crate::stage::Site;
 const FLAGS: [&str; 4] = ["--drain-timeout", "500ms", "--stop-timeout", "200ms"];
 
 /// A puppet that binds for itself, and does what the file says.
-fn start(site: &Site, wrapper: &[&str]) -> Supervisor {
+pub fn start(site: &Site, wrapper: &[&str]) -> Supervisor {
     site.write("script", "--version 1");
+    let supervisor = spawn(site, wrapper);
+    supervisor.wait_until("the first generation serves", |status| status.serving.is_some());
+    supervisor
+}
+
+/// The same, as the file says already, and nothing is waited for.
+pub fn spawn(site: &Site, wrapper: &[&str]) -> Supervisor {
     let (puppet, address) = (puppet(), site.address.to_string());
     let command = ["--", &puppet, "--bind", &address, "--script", "script"];
     let words: Vec<_> = FLAGS.iter().chain(&command).copied().collect();
     let setup = Setup::within(Arc::clone(&site.dir), words);
     if wrapper.is_empty() {
-        return setup.start();
+        return setup.spawn();
     }
     std::os::unix::fs::chown(site.dir.path(), Some(65534), Some(65534)).unwrap();
-    setup.through(wrapper).start()
+    setup.through(wrapper).spawn()
 }
 
 /// Connections that are made while nobody accepts, with a request on each.
-fn waiting(site: &Site, count: usize) -> Vec<TcpStream> {
+pub fn waiting(site: &Site, count: usize) -> Vec<TcpStream> {
     let ask = |_| {
         let mut client = TcpStream::connect(site.address).unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();

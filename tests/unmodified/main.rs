@@ -6,7 +6,6 @@
 //! | `leaving` | what waits for a generation that is gone, and what an upgrade says of it |
 //! | `network` | handshakes that take a while, SYN cookies |
 //! | `places` | ordinary users, sandboxes, another zddsup, sockets that were not seen |
-//! | `servers` | real servers, one a test |
 //! | `declared` | `--listen` in the place of what they bind |
 //! | `probes` | probes on the port that both generations have |
 //! | `servers` | real servers, one a test: the table of the README |
@@ -15,8 +14,8 @@
 //! | `versions` | new versions that do not listen, crash, fork away |
 //! | `datagrams` | UDP: every datagram is answered |
 //! | `canary` | a share for the new version first: by number, by network, in steps; what ends it |
-//! | `servers` | real servers, one a test |
 //! | `locals` | Unix sockets |
+//! | `takeover` | a supervisor that is killed, and succeeded |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
 #[path = "../common/mod.rs"]
@@ -36,4 +35,5 @@ mod protocols;
 mod servers;
 mod steering;
 mod table;
+mod takeover;
 mod versions;

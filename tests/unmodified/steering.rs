@@ -5,7 +5,7 @@ use std::net::TcpStream;
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use zddsup::control::types::GenerationPhase;
+use zddsup::control::types::{GenerationPhase, UpgradePhase};
 
 use crate::common::load::Load;
 use crate::common::{puppet, request, PATIENCE};
@@ -108,6 +108,23 @@ fn an_idle_connection_does_not_hold_the_old_one_and_what_is_under_way_does() {
     supervisor.wait_settled();
     assert!(supervisor.log().contains("has drained: its other connections are gone"), "{}", supervisor.log());
     drop(idle);
+}
+
+/// Each look at the status counts connections, too.
+#[test]
+fn a_drain_is_not_over_sooner_because_somebody_looks() {
+    let site = Site::new();
+    let supervisor = start(&site, &[], "--version 1");
+    supervisor.upgrade();
+    let report = loop {
+        let report = supervisor.status().upgrades.remove(0);
+        if report.retired {
+            break report;
+        }
+    };
+    let drain = report.phases.iter().find(|time| time.phase == UpgradePhase::Draining).unwrap();
+    // Handshakes that were under way at the switch have that time.
+    assert!(drain.ms >= 490, "{:?}", report.phases);
 }
 
 #[test]

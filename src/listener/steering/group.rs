@@ -237,9 +237,10 @@ impl Group {
         if self.of(to).is_empty() {
             return Err(SteerError::Nobody { key: self.key.clone() });
         }
+        let before = self.diverted.clone();
         self.diverted.retain(|(origin, _)| *origin != from);
         self.diverted.push((from, to));
-        self.attach()
+        self.attach().inspect_err(|_| self.diverted = before)
     }
 
     /// What comes from there is as everything else again.
