@@ -179,7 +179,8 @@ impl Driver {
     pub(super) fn due(&self) -> Option<Instant> {
         let core = self.machine.poll_timeout().map(|time| self.epoch + time.0);
         let watchdogs = self.running.values().filter_map(|running| running.watchdog.due);
-        watchdogs.chain(core).chain(self.sweep_due).chain(self.counting.due()).chain(self.adopted.due()).min()
+        let looks = self.sweep_due.into_iter().chain(self.counting.due()).chain(self.adopted.due());
+        watchdogs.chain(core).chain(looks).chain(self.upward.due()).min()
     }
 
     /// The clock was looked at.
@@ -206,6 +207,7 @@ impl Driver {
         if self.counting.due().is_some_and(|due| due <= now) {
             self.count();
         }
+        self.upward.tick(now);
     }
 
     fn perform(&mut self, action: Action) {

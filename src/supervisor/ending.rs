@@ -336,6 +336,7 @@ impl Driver {
             memory::give_back();
         }
         self.forget_programs();
+        self.upward.status(&self.one_line());
         self.record();
     }
 

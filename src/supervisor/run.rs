@@ -225,7 +225,7 @@ impl Driver {
             started: SystemTime::now(),
             start_directory: start_directory(),
             state_file,
-            upward: Upward::default(),
+            upward: Upward::from_environment(Instant::now()),
             counting: Counting::default(),
             adopted: Adopted::default(),
             departed: BTreeSet::new(),

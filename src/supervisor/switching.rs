@@ -36,7 +36,7 @@ impl Driver {
         }
         self.tell_of_unseen(to);
         self.pass_on_kept();
-        self.upward.ready();
+        self.upward.ready(Instant::now());
         self.record();
         self.news_of(to);
         if let Some(from) = from {

@@ -18,6 +18,11 @@ impl Driver {
                     self.restarts += 1;
                 }
                 self.reports.started(upgrade, kind, from, to, now);
+                match kind {
+                    Kind::Upgrade | Kind::Rollback | Kind::Restart => self.upward.reloading(upgrade, now),
+                    // Nobody asked for these.
+                    Kind::Start | Kind::Recovery => {}
+                }
             }
             Notice::Canary(id, step) => self.canary_moved(id, step),
             Notice::Baking(id) => {
@@ -32,11 +37,11 @@ impl Driver {
             Notice::LameDuck(until) => {
                 let time = until.since(self.now());
                 tracing::info!(?time, "stopping was asked for: serves on for that long first");
-                self.upward.stopping();
+                self.upward.stopping(now);
             }
             Notice::Stopping => {
                 tracing::info!("stopping: waiting for the last generation to finish");
-                self.upward.stopping();
+                self.upward.stopping(now);
                 self.nobody_follows();
             }
         }
@@ -86,6 +91,17 @@ impl Driver {
                 (lost, Vec::new())
             }
         };
+        match outcome {
+            Outcome::Failed(_) | Outcome::Aborted(_) | Outcome::RolledBack | Outcome::Succeeded => {
+                self.upward.reloaded(id, reason.clone().filter(|_| old_serves), now);
+            }
+            // Of one that never began, or whose end something else is told of.
+            Outcome::Superseded | Outcome::Cancelled => self.upward.reloaded(id, None, now),
+        }
+        if old_serves {
+            // Taken over from a supervisor that was killed, and it stays.
+            self.upward.ready(now);
+        }
         self.reports.ended(id, Ending { outcome, reason, stderr, old_serves }, now);
         self.forget_programs();
     }

@@ -19,6 +19,7 @@
 //! | `refusals` | what is refused, in words, with nothing left behind |
 //! | `steered` | a socket of its own for each generation |
 //! | `takeover` | zddsup killed, and the next one |
+//! | `upward` | what a supervisor above this one hears |
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -45,3 +46,4 @@ mod signals;
 mod steered;
 mod storms;
 mod takeover;
+mod upward;

@@ -1,0 +1,179 @@
+//! zddsup under a real systemd: the units of `systemd/`, with the paths of the test in the place of the installed ones.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod stage;
+
+use common::{puppet, wait_for, PATIENCE};
+use stage::Systemd;
+
+/// A unit of `systemd/`.
+fn shipped(name: &str) -> String {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd").join(name);
+    let text = std::fs::read_to_string(path).unwrap();
+    text.replace("/usr/local/bin/zddsup", "/run/target/zddsup").replace("/etc/zddsup/", "/run/stage/")
+}
+
+/// What a test needs of a unit besides: no boot to wait for, and a log.
+const HERE: &str = "[Unit]\nDefaultDependencies=no\n[Service]\nStandardError=append:/run/stage/log\n";
+
+fn template(more: &str) -> Vec<(&'static str, String)> {
+    vec![("zddsup@.service", shipped("zddsup@.service")), ("zddsup@.service.d/test.conf", format!("{HERE}{more}"))]
+}
+
+/// A supervised puppet at port 80, that does what `script` in the test's directory says.
+fn puppet_at_80(more: &str, flags: &str) -> Option<Systemd> {
+    let systemd = Systemd::boot(&template(more))?;
+    let command = "/run/target/examples/puppet --script /run/stage/script";
+    systemd.write("web.env", &format!("COMMAND={command}\nFLAGS=--listen 127.0.0.1:80 {flags}\n"));
+    assert!(std::path::Path::new(&puppet()).exists());
+    Some(systemd)
+}
+
+#[test]
+fn started_is_when_the_first_version_is_ready() {
+    let Some(systemd) = puppet_at_80("TimeoutStartSec=2\n", "") else { return };
+    // Longer than systemd would wait by itself.
+    systemd.write("script", "--version 1\n--ready delay-ms=3500");
+    systemd.must(&["start", "--no-block", "zddsup@web"]);
+    wait_for("it is being started", || systemd.show("zddsup@web", "ActiveState") == "activating");
+    wait_for("it is started", || {
+        let state = systemd.show("zddsup@web", "ActiveState");
+        assert!(["activating", "active"].contains(&state.as_str()), "{state}\n{}", systemd.log());
+        state == "active"
+    });
+    assert_eq!(systemd.show("zddsup@web", "StatusText"), "generation 1 serves");
+    systemd.load(80).stop().assert_clean();
+}
+
+#[test]
+fn a_reload_under_load_waits_for_the_new_version() {
+    let Some(systemd) = puppet_at_80("", "") else { return };
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "zddsup@web"]);
+    let main = systemd.show("zddsup@web", "MainPID");
+    let load = systemd.load(80);
+    for version in 2..=4 {
+        systemd.write("script", &format!("--version {version}\n--ready delay-ms=200"));
+        systemd.must(&["reload", "zddsup@web"]);
+        assert!(systemd.show("zddsup@web", "StatusText").starts_with(&format!("generation {version} serves")));
+        assert!(load.saw(&version.to_string(), PATIENCE), "{}", load.so_far());
+    }
+    load.stop().assert_clean();
+    assert_eq!(systemd.show("zddsup@web", "MainPID"), main);
+    assert_eq!(systemd.show("zddsup@web", "SubState"), "running");
+}
+
+#[test]
+fn a_reload_that_fails_says_so_and_the_old_version_serves_on() {
+    let Some(systemd) = puppet_at_80("", "") else { return };
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "zddsup@web"]);
+    let load = systemd.load(80);
+    systemd.write("script", "--exit-before-ready 7");
+    let failed = systemd.ctl(&["reload", "zddsup@web"]);
+    assert!(!failed.status.success(), "{failed:?}");
+    assert_eq!(systemd.show("zddsup@web", "ActiveState"), "active");
+    let status = systemd.show("zddsup@web", "StatusText");
+    assert!(status.starts_with("generation 1 serves") && status.contains("exited with status 7"), "{status}");
+    assert!(load.more(50, PATIENCE));
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1"]);
+}
+
+#[test]
+fn an_upgrade_by_signal_is_seen_as_a_reload() {
+    let Some(systemd) = puppet_at_80("", "") else { return };
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "zddsup@web"]);
+    systemd.write("script", "--version 2\n--ready delay-ms=1500");
+    systemd.must(&["kill", "--kill-whom=main", "--signal=HUP", "zddsup@web"]);
+    wait_for("it reloads", || systemd.show("zddsup@web", "ActiveState") == "reloading");
+    wait_for("it has reloaded", || systemd.show("zddsup@web", "ActiveState") == "active");
+    assert!(systemd.show("zddsup@web", "StatusText").starts_with("generation 2 serves"));
+}
+
+#[test]
+fn a_stop_waits_for_the_drain() {
+    // Longer than systemd would wait by itself.
+    let Some(systemd) = puppet_at_80("TimeoutStopSec=2\n", "") else { return };
+    systemd.write("script", "--version 1\n--drain-ms 3500");
+    systemd.must(&["start", "zddsup@web"]);
+    systemd.must(&["stop", "zddsup@web"]);
+    assert_eq!(systemd.show("zddsup@web", "Result"), "success");
+    assert_eq!(systemd.show("zddsup@web", "ExecMainStatus"), "0");
+}
+
+#[test]
+fn a_supervisor_that_hangs_is_killed_and_started_again() {
+    let Some(systemd) = puppet_at_80("WatchdogSec=1\n", "") else { return };
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "zddsup@web"]);
+    let main = systemd.show("zddsup@web", "MainPID");
+    // A loop that turns is left alone for longer than that.
+    let fed = std::time::Instant::now();
+    wait_for("three times its limit are over", || fed.elapsed().as_secs() >= 3);
+    assert_eq!(systemd.show("zddsup@web", "MainPID"), main, "{}", systemd.log());
+    systemd.must(&["kill", "--kill-whom=main", "--signal=STOP", "zddsup@web"]);
+    wait_for("another one is there", || {
+        let now = systemd.show("zddsup@web", "MainPID");
+        now != main && now != "0" && systemd.show("zddsup@web", "ActiveState") == "active"
+    });
+    assert_eq!(systemd.show("zddsup@web", "NRestarts"), "1");
+    systemd.load(80).stop().assert_clean();
+}
+
+#[test]
+fn an_unmodified_server_is_adopted_with_all_of_the_hardening() {
+    let Some(systemd) = Systemd::boot(&template("")) else { return };
+    let command = "/run/target/examples/puppet --bind 127.0.0.1:8080 --script /run/stage/script";
+    systemd.write(
+        "web.env",
+        &format!("COMMAND={command}\nFLAGS=--user nobody --handoff adopt --ready tcp:127.0.0.1:8080\n"),
+    );
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "zddsup@web"]);
+    let load = systemd.load(8080);
+    for version in 2..=3 {
+        systemd.write("script", &format!("--version {version}"));
+        systemd.must(&["reload", "zddsup@web"]);
+        assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), systemd.log());
+    }
+    load.stop().assert_clean();
+}
+
+#[test]
+fn sockets_of_two_units_start_the_service_and_outlive_it() {
+    let server = "/run/target/examples/puppet --script /run/stage/script";
+    let admin = shipped("examples/web.socket").replace("=8080", "=127.0.0.1:8081").replace("=web\n", "=admin\n");
+    let socket = |text: String| text.replace("[Unit]", "[Unit]\nDefaultDependencies=no");
+    let Some(systemd) = Systemd::boot(&[
+        ("web.service", shipped("examples/web.service").replace("/srv/web/current/server", server)),
+        ("web.service.d/test.conf", HERE.replace("[Service]", "After=web-admin.socket\n[Service]")),
+        ("web.socket", socket(shipped("examples/web.socket").replace("=8080", "=127.0.0.1:8080"))),
+        ("web-admin.socket", socket(admin)),
+    ]) else {
+        return;
+    };
+    systemd.write("script", "--version 1");
+    systemd.must(&["start", "web.socket", "web-admin.socket"]);
+    assert_eq!(systemd.show("web.service", "ActiveState"), "inactive");
+    // The first connection starts it, and waits.
+    let loads = [systemd.load(8080), systemd.load(8081)];
+    wait_for("it is started", || systemd.show("web.service", "ActiveState") == "active");
+    let status = systemd.command("/run/target/zddsup", &["status", "--name", "web"]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(["web", "admin"].iter().all(|name| status.contains(name)), "{status}");
+    systemd.write("script", "--version 2");
+    systemd.must(&["reload", "web.service"]);
+    // Restarted as a whole, nobody is refused either: the sockets are systemd's.
+    systemd.write("script", "--version 3");
+    systemd.must(&["restart", "web.service"]);
+    for load in loads {
+        assert!(load.saw("3", PATIENCE), "{}", load.so_far());
+        let summary = load.stop();
+        summary.assert_clean();
+        assert_eq!(summary.order(), ["1", "2", "3"]);
+    }
+}
