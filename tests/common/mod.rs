@@ -328,6 +328,15 @@ pub fn processes_with(text: &str) -> Vec<i32> {
     .collect()
 }
 
+/// Stops all threads of a process: what it is sent from now on waits.
+pub fn freeze(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let tasks = || procfs::process::Process::new(pid.as_raw()).unwrap().tasks().unwrap();
+    wait_for("all of its threads are stopped", || {
+        tasks().all(|task| task.and_then(|task| task.stat()).is_ok_and(|stat| stat.state == 'T'))
+    });
+}
+
 /// Waits for something that no event tells.
 pub fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -136,7 +136,7 @@ fn the_loop_feeds_a_watchdog_that_is_its_own() {
         above.until("WATCHDOG=1");
     }
     // One that does not turn its loop is silent.
-    crate::common::stop(nix::unistd::Pid::from_raw(pid));
+    crate::common::freeze(nix::unistd::Pid::from_raw(pid));
     above.socket.set_nonblocking(true).unwrap();
     while above.socket.recv(&mut [0; 8192]).is_ok() {}
     above.socket.set_nonblocking(false).unwrap();

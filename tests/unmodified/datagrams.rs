@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 use zddsup::control::types::GenerationPhase;
 
 use crate::common::{processes_with, puppet, request, Supervisor, PATIENCE};
-use crate::stage::{freeze, Site};
+use crate::stage::Site;
 
 /// An address that is nobody else's: TCP has the port.
 fn reserve(address: &str) -> (Socket, SocketAddr) {
@@ -183,7 +183,7 @@ fn what_waits_for_a_dead_one_is_answered_by_the_next() {
     let (_reserved, address) = reserve("127.0.0.1:0");
     let supervisor = start(&site, address, &[], &["--udp-sockets", "2"]);
     let first = Pid::from_raw(supervisor.serving().pid.unwrap());
-    freeze(first);
+    crate::common::freeze(first);
     let clients: Vec<_> = (0..50).map(|_| Client::new(address)).collect();
     for client in &clients {
         client.send("waits");

@@ -11,7 +11,7 @@ use nix::unistd::{geteuid, Pid};
 use crate::common::load::{Config, Load, Target};
 use crate::common::real::installed;
 use crate::common::{puppet, request, try_request, wait_for, Supervisor, PATIENCE};
-use crate::stage::{freeze, Site};
+use crate::stage::Site;
 use crate::steering;
 
 /// A puppet that binds what `--listen` says, and does what the file says.
@@ -233,7 +233,7 @@ fn a_socket_with_what_waits_has_the_flags_that_the_program_gave_to_its_own() {
     let words = ["--handoff", "adopt", "--listen", "ADDRESS?backlog=77", "--", "/usr/bin/python3", "server.py"];
     let supervisor = site.start(&words);
     let pid = Pid::from_raw(supervisor.serving().pid.unwrap());
-    freeze(pid);
+    crate::common::freeze(pid);
     let clients = waiting(site.address, 20);
     // The dead one's socket does not block, and this one's own does.
     site.write("server.py", &usual(2, "").replace("listener.setblocking(False)", ""));

@@ -16,7 +16,7 @@ use zddsup::control::types::GenerationPhase;
 use crate::common::load::{Config, Failure, Load, Target};
 use crate::common::real::installed;
 use crate::common::{puppet, Supervisor, PATIENCE};
-use crate::stage::{freeze, Site};
+use crate::stage::Site;
 
 /// A puppet with a Unix socket in the site's directory.
 fn start(site: &Site, flags: &[&str], more: &[&str]) -> Supervisor {
@@ -129,7 +129,7 @@ fn what_waits_for_a_dead_one_is_answered_by_the_next() {
         let site = Site::new();
         let supervisor = start(&site, &[], more);
         let first = Pid::from_raw(supervisor.serving().pid.unwrap());
-        freeze(first);
+        crate::common::freeze(first);
         let waiting: Vec<_> = (0..30).map(|_| UnixStream::connect(site.path("web.sock")).unwrap()).collect();
         site.write("script", "--version 2\n");
         kill(first, Signal::SIGKILL).unwrap();

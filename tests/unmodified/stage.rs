@@ -7,22 +7,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nix::sys::signal::{kill, Signal};
-use nix::unistd::Pid;
-use procfs::process::Process;
 use socket2::{Domain, Socket, Type};
 
 use crate::common::load::{Config, Load, Summary, Target};
-use crate::common::{real, wait_for, Setup, Supervisor, PATIENCE};
-
-/// Stops all threads of a process: what it is sent from now on waits.
-pub fn freeze(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).unwrap();
-    let tasks = || Process::new(pid.as_raw()).unwrap().tasks().unwrap();
-    wait_for("all of its threads are stopped", || {
-        tasks().all(|task| task.and_then(|task| task.stat()).is_ok_and(|stat| stat.state == 'T'))
-    });
-}
+use crate::common::{real, Setup, Supervisor, PATIENCE};
 
 /// A directory for a server's files, and an address for it.
 pub struct Site {
