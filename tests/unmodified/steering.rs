@@ -240,3 +240,32 @@ fn a_killed_supervisor_is_succeeded() {
     }
     second.wait_settled();
 }
+
+/// Addresses come and go with versions: one that is left is closed once nobody needs it, and a new one is learned.
+#[test]
+fn a_version_may_listen_at_fewer_addresses_and_at_others() {
+    let site = Site::new();
+    let other = Site::new();
+    let both = |version: u32| format!("--version {version}\n--also-bind {}", other.address);
+    let supervisor = start(&site, &[], &both(1));
+    let load = Load::start(site.load());
+    assert!(load.more(20, PATIENCE));
+    assert!(request(other.address, "/").contains("version=1 "));
+
+    site.write("script", "--version 2");
+    supervisor.upgrade();
+    supervisor.wait_settled();
+    let place = format!("tcp:{}", other.address);
+    supervisor.wait_for_log(&format!("nobody listens on {place} any more: closed"));
+    assert!(supervisor.log().contains(&format!("does not listen on {place} any more")), "{}", supervisor.log());
+    assert!(TcpStream::connect(other.address).is_err());
+
+    for version in 3..=4 {
+        site.write("script", &both(version));
+        supervisor.upgrade();
+        assert!(request(other.address, "/").contains(&format!("version={version} ")));
+    }
+    let summary = load.stop();
+    summary.assert_clean();
+    assert!(summary.order().contains(&"2"), "{summary}");
+}
