@@ -10,6 +10,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use common::servers::{self, Plain, Server, Site};
@@ -350,10 +351,10 @@ impl Side {
         let mut note = format!("- {name}, {}: {how}.", self.by);
         for (load, failures) in LOADS.iter().zip(&self.seen.failures).filter(|(_, failures)| !failures.is_empty()) {
             let kinds: Vec<_> = failures.iter().map(|(failure, count)| format!("{count} {failure:?}")).collect();
-            note += &format!(" Failed, {load}: {}.", kinds.join(", "));
+            let _written = write!(note, " Failed, {load}: {}.", kinds.join(", "));
         }
         for trouble in &self.seen.troubles {
-            note += &format!("\n  {trouble}");
+            let _written = write!(note, "\n  {trouble}");
         }
         note
     }

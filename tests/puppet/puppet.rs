@@ -260,7 +260,7 @@ impl Puppet {
         let (puppet, listener) = (Arc::clone(self), Arc::clone(listener));
         std::thread::spawn(move || match listener.r#type() {
             Ok(Type::DGRAM) if listener.domain().is_ok_and(|domain| domain == Domain::UNIX) => {
-                puppet.echo_local(&listener)
+                puppet.echo_local(&listener);
             }
             Ok(Type::DGRAM) => puppet.echo(&listener),
             _ => puppet.accept(&listener),
