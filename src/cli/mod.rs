@@ -38,8 +38,9 @@ use exit::{Exit, Failure};
 
 /// Upgrade any server without refusing, resetting or delaying a connection
 ///
-/// zddsup holds a server's sockets open, starts new versions of it beside the old one, and lets the old one finish what it
-/// has once the new one has shown that it can serve. A version that cannot is gone again, and the old one serves on.
+/// zddsup wraps any server, also one that binds for itself and knows nothing of it. It starts new versions of it beside
+/// the old one, and lets the old one finish what it has once the new one has shown that it can serve. A version that
+/// cannot is gone again, and the old one serves on.
 #[derive(Debug, Parser)]
 #[command(name = "zddsup", version, max_term_width = 110, arg_required_else_help = true)]
 #[command(
@@ -54,7 +55,9 @@ pub struct Cli {
 
 const AFTER_HELP: &str = "\
 EXAMPLES
-  Run a server on port 8080, which it gets as fd 3 (LISTEN_FDS):
+  Run a server that binds for itself:
+      zddsup run -- python3 -m http.server 8080
+  Run one that gets its socket as fd 3 (LISTEN_FDS):
       zddsup run --listen 8080 -- ./server
   Put a new version in its place, and wait until the old one is gone:
       zddsup upgrade --wait

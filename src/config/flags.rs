@@ -40,7 +40,7 @@ pub struct RunFlags {
 
     /// Which sockets generations have, and so how new connections go from one to the next
     ///
-    /// Unix and UDP sockets are always shared.
+    /// UDP sockets of --listen are shared always; Unix sockets cannot be steered.
     #[arg(long, value_enum, default_value_t = Switch::Auto, help_heading = SOCKETS)]
     pub switch: Switch,
 

@@ -11,6 +11,7 @@
 
 pub mod canary;
 pub mod environment;
+pub mod error;
 pub mod flags;
 mod help;
 pub mod ready;
@@ -26,9 +27,9 @@ use nix::sys::stat::Mode;
 
 pub use canary::{Canary, CanaryFlags};
 pub use environment::EnvError;
+pub use error::ConfigError;
 pub use flags::RunFlags;
 pub use ready::{Probe, Ready};
-pub use validate::ConfigError;
 
 use crate::core::{Policy, RestartLimit, RestartWhen};
 use crate::listener::ListenerSpec;
@@ -36,6 +37,9 @@ use crate::process::limits::Limit;
 
 /// Longest name of a service: it is part of the control socket's path.
 pub const NAME_MOST: usize = 64;
+
+/// Bytes of a path that a socket can be bound to.
+const SOCKET_PATH_MOST: usize = 107;
 
 /// A service: one command with its listeners and policies.
 #[derive(Debug, Clone)]

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use socket2::SockRef;
 
-use super::adopting::Verdict;
+use super::caught::Verdict;
 use super::driver::Driver;
 use super::takeover::socket_of;
 use crate::core::GenerationId;
@@ -40,7 +40,7 @@ impl Driver {
         if address.port() == 0 {
             return Ok(Verdict::GoesOn);
         }
-        if let Some(held) = self.left_behind(Protocol::Udp, address) {
+        if let Some(held) = self.left_behind(address) {
             let verdict = self.replaced(id, caller, (fd, &own), held)?;
             self.has_listened(id);
             return Ok(verdict);
@@ -73,6 +73,17 @@ impl Driver {
         }
         self.has_bound(id, own, ready && one_more);
         Ok(Verdict::Done(Ok(())))
+    }
+
+    /// The socket of a dead generation at this address, where nobody serves.
+    fn left_behind(&self, address: SocketAddr) -> Option<Arc<OwnedFd>> {
+        if self.machine.serving().is_some() {
+            return None;
+        }
+        let dead = |owner| self.running.get(&owner).is_none_or(|running| running.end.is_some());
+        let members = self.datagram_groups(address).flat_map(Group::members);
+        let mut sockets = members.filter(|(owner, _, leaving)| !leaving && dead(*owner));
+        sockets.next().map(|(_, socket, _)| Arc::clone(socket))
     }
 
     /// Everything new goes on to whoever gets it now.
@@ -108,7 +119,6 @@ impl Driver {
             self.adopted.due.get_or_insert(now + LOOK_AGAIN);
         } else {
             tracing::info!(generation = %id, "gets what comes to {key} once it is switched to");
-            self.record();
             self.has_listened(id);
         }
     }

@@ -21,7 +21,7 @@ use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::stat::fstat;
 use socket2::{SockAddr, SockRef, Type};
 
-use super::adopting::Verdict;
+use super::caught::Verdict;
 use super::driver::Driver;
 use super::recorded::{RecordedFile, RecordedListener};
 use crate::core::GenerationId;

@@ -6,7 +6,8 @@
 //! | [`driver`] | what it holds, and the list of actions and reports |
 //! | [`spawning`] | the one place where a generation's environment and fds are made |
 //! | [`readiness`] | how it learns that a candidate can serve |
-//! | [`adopting`] | sockets that services make themselves: caught, and steered |
+//! | [`adopting`] | sockets that services make themselves, and that are steered |
+//! | [`caught`] | their bind(2) and listen(2): what becomes of each |
 //! | [`unseen`] | sockets that were not caught |
 //! | [`steered`] | who is reached at an address where several generations have sockets |
 //! | [`ports`] | which ports the kernel chose for them |
@@ -26,6 +27,7 @@
 
 mod adopting;
 mod canary;
+mod caught;
 mod counting;
 mod daemons;
 mod datagrams;
