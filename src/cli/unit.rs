@@ -1,6 +1,7 @@
 //! `zddsup unit`: prints a systemd unit for a command, with the reasons as comments.
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -162,7 +163,10 @@ fn quoted(word: &OsString) -> Result<String, Failure> {
             '"' | '\\' => inside.extend(['\\', c]),
             '\n' => inside += "\\n",
             '\t' => inside += "\\t",
-            c if c.is_ascii_control() => inside += &format!("\\x{:02x}", u32::from(c)),
+            c if c.is_ascii_control() => {
+                // Writing to a String cannot fail.
+                let _written = write!(inside, "\\x{:02x}", u32::from(c));
+            }
             c => inside.push(c),
         }
     }

@@ -1,4 +1,4 @@
-//! What a supervisor above this one hears: a NOTIFY_SOCKET of the test's own.
+//! What a supervisor above this one hears: a `NOTIFY_SOCKET` of the test's own.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};

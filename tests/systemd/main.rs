@@ -127,12 +127,18 @@ fn a_supervisor_that_hangs_is_killed_and_started_again() {
 
 #[test]
 fn an_unmodified_server_is_adopted_with_all_of_the_hardening() {
-    let Some(systemd) = Systemd::boot(&template("")) else { return };
+    adopts("", "--user nobody");
+}
+
+#[test]
+fn zddsup_and_an_unmodified_server_run_as_an_ordinary_user() {
+    adopts("User=nobody\nEnvironment=XDG_RUNTIME_DIR=/run\n", "");
+}
+
+fn adopts(more: &str, flags: &str) {
+    let Some(systemd) = Systemd::boot(&template(more)) else { return };
     let command = "/run/target/examples/puppet --bind 127.0.0.1:8080 --script /run/stage/script";
-    systemd.write(
-        "web.env",
-        &format!("COMMAND={command}\nFLAGS=--user nobody --handoff adopt --ready tcp:127.0.0.1:8080\n"),
-    );
+    systemd.write("web.env", &format!("COMMAND={command}\nFLAGS={flags} --handoff adopt --ready tcp:127.0.0.1:8080\n"));
     systemd.write("script", "--version 1");
     systemd.must(&["start", "zddsup@web"]);
     let load = systemd.load(8080);
@@ -141,6 +147,21 @@ fn an_unmodified_server_is_adopted_with_all_of_the_hardening() {
         systemd.must(&["reload", "zddsup@web"]);
         assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), systemd.log());
     }
+    load.stop().assert_clean();
+}
+
+#[test]
+fn the_example_wraps_an_unmodified_server() {
+    if !installed("python3", &["/usr/bin/python3", "--version"]) {
+        return;
+    }
+    let Some(systemd) = Systemd::boot(&template("")) else { return };
+    systemd.write("http.env", &shipped("examples/http.env"));
+    systemd.must(&["start", "zddsup@http"]);
+    let load = systemd.load(8080);
+    systemd.must(&["reload", "zddsup@http"]);
+    assert!(systemd.show("zddsup@http", "StatusText").starts_with("generation 2 serves"));
+    assert!(load.more(50, PATIENCE), "{}", load.so_far());
     load.stop().assert_clean();
 }
 
