@@ -7,7 +7,7 @@
 //! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
 //! | [`check`] | looks at what `run` would do |
 //! | [`doctor`] | looks at what this machine lets zddsup do |
-//! | [`completions`], [`man`] | for shells and manuals |
+//! | [`completions`], [`man`], [`unit`] | for shells, manuals, systemd |
 //! | [`target`] | which service is meant |
 //! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
 
@@ -25,6 +25,7 @@ pub mod status;
 pub mod stop;
 pub mod target;
 pub mod text;
+pub mod unit;
 pub mod verdict;
 pub mod wait;
 
@@ -127,6 +128,8 @@ pub enum Command {
     Stop(stop::Flags),
     /// Print what happens, as it happens
     Events(events::Flags),
+    /// Print a systemd unit that runs a service with these options, with the reasons as comments
+    Unit(Box<RunFlags>),
     /// Print a completion script for a shell
     Completions(completions::Flags),
     /// Print the manual page
@@ -171,6 +174,7 @@ fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Restart(flags) => ask::restart(&flags),
         Command::Stop(flags) => stop::run(&flags),
         Command::Events(flags) => events::run(&flags),
+        Command::Unit(flags) => unit::run(*flags),
         Command::Completions(flags) => completions::run(&flags),
         Command::Man(flags) => man::run(&flags),
     }
