@@ -10,7 +10,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use common::servers::{self, Plain, Server, Site};
