@@ -233,6 +233,18 @@ impl Driver {
         self.reports.prove(from, |proof| proof.queued_at_switch = queued);
     }
 
+    /// Everything is gone, and the sockets go now: with what still waits for somebody to come.
+    pub(super) fn tell_of_unserved(&self) {
+        let shared = self.listeners.iter().filter(|listener| !listener.is_steered());
+        let shared = shared.map(|listener| (listener.address(), listener.fd()));
+        let own = self.adopted.sockets().map(|(key, _, socket)| (key.to_string(), Arc::clone(socket)));
+        for (place, socket) in shared.chain(own) {
+            if let Ok(Some(queued @ 1..)) = queue_length(&*socket) {
+                tracing::warn!("{queued} connections wait at {place}, and nobody is left to take them: reset");
+            }
+        }
+    }
+
     /// A generation is stopped: how many connections it has still, if that is because its drain time is over.
     pub(super) fn prove_stop(&mut self, id: GenerationId) {
         let Some(running) = self.running.get_mut(&id) else { return };

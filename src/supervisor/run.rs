@@ -320,6 +320,7 @@ impl Driver {
     /// Everything is gone: closes the listeners.
     fn end(mut self, finish: Finish) -> Ended {
         let _never_written = std::fs::remove_file(&self.state_file);
+        self.tell_of_unserved();
         self.adopted.locals.remove_all();
         drop(self.listeners);
         Ended { finish, reason: self.last_failure }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use zddsup::control::types::{GenerationPhase, Status, UpgradeResult};
+use zddsup::control::types::{GenerationPhase, ServicePhase, Status, UpgradeResult};
 
 use crate::common::load::{Config, Load, Target};
 use crate::common::real::installed;
@@ -380,4 +380,31 @@ fn after_a_candidate_that_failed_the_next_upgrade_goes_as_ever() {
         assert_eq!(summary.order(), ["1", "3", "5"], "{summary}");
     }
     stage.wait_settled();
+}
+
+#[test]
+fn a_rollback_in_the_bake_is_a_switch_back_and_upgrades_go_on() {
+    let stage = start(&["--bake", "60s"], "--version 1");
+    let load = stage.load();
+    stage.next("--version 2");
+    let mut upgrade = stage.cli_command(&["upgrade"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    stage.wait_until("it bakes", |status| status.phase == ServicePhase::Baking);
+    assert!(request(stage.address(), "/").contains("version=2 "));
+    assert!(stage.cli(&["rollback"]).status.success(), "{}", stage.log());
+    assert_eq!(upgrade.wait().unwrap().code(), Some(7));
+    for _ in 0..50 {
+        assert!(request(stage.address(), "/").contains("version=1 "));
+    }
+    stage.wait_settled();
+    // The one that bakes dies: the one on standby is there.
+    stage.next("--version 3");
+    let mut upgrade = stage.cli_command(&["upgrade"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    stage.wait_until("it bakes", |status| status.phase == ServicePhase::Baking);
+    kill(Pid::from_raw(stage.serving().pid.unwrap()), Signal::SIGTERM).unwrap();
+    assert_eq!(upgrade.wait().unwrap().code(), Some(3), "{}", stage.log());
+    for _ in 0..50 {
+        assert!(request(stage.address(), "/").contains("version=1 "));
+    }
+    stage.wait_settled();
+    load.stop().assert_clean();
 }

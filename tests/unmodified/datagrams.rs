@@ -282,3 +282,28 @@ fn a_killed_supervisor_is_succeeded() {
     load.more(50, "2");
     load.stop();
 }
+
+#[test]
+fn in_a_canary_each_client_is_one_version_s() {
+    let site = Site::new();
+    let (_reserved, address) = reserve("127.0.0.1:0");
+    let supervisor = start(&site, address, &[], &[]);
+    let load = Load::start(address);
+    for (decision, after) in [("abort", "1"), ("promote", "2")] {
+        site.write("script", "--version 2");
+        let output = supervisor.cli(&["upgrade", "--wait=canary", "--canary", "50%"]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+        load.more(50, "1");
+        load.more(50, "2");
+        let client = Client::new(address);
+        let version = client.ask("first");
+        for _ in 0..20 {
+            assert_eq!(client.ask("again"), version);
+        }
+        let output = supervisor.cli(&[decision]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+        load.more(50, after);
+        supervisor.wait_settled();
+    }
+    assert!(load.stop() > 0);
+}

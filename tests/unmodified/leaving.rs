@@ -123,6 +123,17 @@ fn as_an_ordinary_user_what_waits_is_kept_for_the_generation_after_the_next() {
 }
 
 #[test]
+fn what_waits_at_the_end_is_counted() {
+    let site = Site::new();
+    let mut supervisor = start(&site, &[]);
+    assert!(try_request(site.address, "/hang").is_ok());
+    let _clients = waiting(&site, 7);
+    supervisor.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(supervisor.wait().success());
+    assert!(supervisor.log().contains("7 connections wait at tcp:127.0.0.1:"), "{}", supervisor.log());
+}
+
+#[test]
 fn what_is_cut_at_the_drain_time_is_counted_and_the_exit_code_tells() {
     let site = Site::new();
     let supervisor = start(&site, &[]);

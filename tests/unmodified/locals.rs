@@ -374,3 +374,31 @@ fn a_static_go_binary() {
         upgraded(&site, &[], &["./server"]);
     }
 }
+
+#[test]
+fn in_a_canary_the_file_stays_the_old_one_s_until_the_switch() {
+    let site = Site::new();
+    let address = site.address.to_string();
+    let supervisor = start(&site, &[], &["--also-bind", &address]);
+    let all_by = |version: &str| {
+        for _ in 0..30 {
+            let answer = request(&site.path("web.sock"));
+            assert!(answer.contains(version), "{answer}\n{}", supervisor.log());
+        }
+    };
+    let load = Load::start(load(&site));
+    for (decision, version) in [("abort", "version=1 "), ("promote", "version=2 ")] {
+        site.write("script", "--version 2");
+        let output = supervisor.cli(&["upgrade", "--wait=canary", "--canary", "50%"]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+        all_by("version=1 ");
+        let output = supervisor.cli(&[decision]);
+        assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
+        supervisor.wait_settled();
+        all_by(version);
+        assert_eq!(hidden(&site).len(), 1, "{:?}", hidden(&site));
+    }
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1", "2"], "{summary}");
+}
