@@ -178,7 +178,7 @@ impl Driver {
                 let context = self.probe_context(candidate)?;
                 // That of --ready-host is the service's own.
                 let host = context.host.clone().filter(|_| !anybody);
-                let context = probe::Context { anybody, host, ..context };
+                let context = probe::Context { host, anybody, ..context };
                 Some(Ask { what: format!("{what} {probe}"), probe, context })
             })
             .collect();
