@@ -7,7 +7,7 @@
 //! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
 //! | [`check`] | looks at what `run` would do |
 //! | [`doctor`] | looks at what this machine lets zddsup do |
-//! | [`completions`], [`man`], [`unit`] | for shells, manuals, systemd |
+//! | [`completions`], [`man`], [`mod@unit`] | for shells, manuals, systemd |
 //! | [`target`] | which service is meant |
 //! | [`exit`], [`text`], [`log`] | exit codes and errors, words, the supervisor's log |
 
