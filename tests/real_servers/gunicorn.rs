@@ -75,7 +75,7 @@ fn steered() {
 fn a_bad_application_that_is_not_loaded_first() {
     let Some(site) = site() else { return };
     // One worker has answered the probe, and so has loaded its application; a second one may be about to.
-    let supervisor = site.start(&STEERED.replace("--workers 2", "--workers 1"), str::to_owned);
+    let supervisor = site.start(STEERED, |word| if word == "2" { "1" } else { word }.to_owned());
     let before = supervisor.serving();
     site.write("wsgi.py", "import no_such_module_as_this_one\n");
     site.upgrade_fails(&supervisor, &["No module named 'no_such_module_as_this_one'"]);
