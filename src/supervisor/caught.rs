@@ -106,9 +106,15 @@ impl Driver {
             }
             Ok(_) | Err(_) => return Ok(Verdict::GoesOn),
         }
-        let (asked, before) = (address, self.port_of_before(id, address));
-        let address = before.unwrap_or(asked);
+        let asked = address;
         let place = self.listeners.iter().position(|at| at.is_steered() && at.is_meant_by(&own, asked));
+        // Whoever serves already and does not care for the port binds it for a connection of its own: thousands a second.
+        let serves = self.running.get(&id).is_some_and(|running| running.ready);
+        if asked.port() == 0 && place.is_none() && serves {
+            return Ok(Verdict::GoesOn);
+        }
+        let before = self.port_of_before(id, asked);
+        let address = before.unwrap_or(asked);
         let local = place.and_then(|place| self.listeners[place].local()).unwrap_or(address);
         if let Some(held) = self.waiting_at(id, local) {
             if before.is_some() {

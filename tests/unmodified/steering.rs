@@ -269,3 +269,31 @@ fn a_version_may_listen_at_fewer_addresses_and_at_others() {
     summary.assert_clean();
     assert!(summary.order().contains(&"2"), "{summary}");
 }
+
+/// A proxy that binds the source of each connection upstream, with any port, is a client there: nothing of it is shared or
+/// remembered, and it pays no more for the thousandth than for the first.
+#[test]
+fn what_a_server_binds_for_its_own_connections_is_left_alone() {
+    const SERVER: &str = "
+import http.server, socket, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        seen = set()
+        for _ in range(3000):
+            client = socket.socket()
+            client.bind(('127.0.0.1', 0))
+            seen.add(client.getsockopt(socket.SOL_SOCKET, 15))
+            client.close()
+        body = f'reuseport={sorted(seen)}'.encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.ThreadingHTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()
+";
+    let site = Site::new();
+    let supervisor = site.start(&["--", "/usr/bin/python3", "-c", SERVER, "PORT"]);
+    assert_eq!(request(site.address, "/"), "reuseport=[0]", "{}", supervisor.log());
+    supervisor.upgrade();
+    assert_eq!(request(site.address, "/"), "reuseport=[0]", "{}", supervisor.log());
+}
