@@ -10,6 +10,7 @@
 //!        (HTTP, both      ├──> process             spawn, reap, groups, output
 //!         ends)           ├──> handoff, ready, drain
 //!                         └──> proto               bytes of the protocols, pure
+//!                         └──> state               what a supervisor leaves to the program in its place
 //!                                   sys            every unsafe and every raw system call
 //! ```
 #![deny(unsafe_code)]
@@ -36,6 +37,8 @@ pub mod proto;
 #[cfg(feature = "cli")]
 pub mod ready;
 pub mod service;
+#[cfg(feature = "cli")]
+pub mod state;
 #[cfg(feature = "cli")]
 pub mod supervisor;
 pub mod sys;

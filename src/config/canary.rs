@@ -72,7 +72,7 @@ impl fmt::Display for Share {
 }
 
 /// An IP network: `10.0.0.0/8`, `2001:db8::/32`, or one address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
     /// Its first address.
     pub address: IpAddr,
@@ -190,7 +190,7 @@ pub enum CanaryError {
 }
 
 /// A canary as it was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Canary {
     /// One after the other; at least one, and none is everything.
     pub shares: Vec<Share>,
@@ -201,6 +201,7 @@ pub struct Canary {
     /// From there it gets everything.
     pub from: Vec<Network>,
     /// What is checked meanwhile.
+    #[serde(with = "crate::state::with::text_option")]
     pub check: Option<Probe>,
 }
 

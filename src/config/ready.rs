@@ -100,6 +100,17 @@ impl Probe {
     }
 }
 
+impl FromStr for Probe {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse()? {
+            Ready::Probe(probe) => Ok(probe),
+            Ready::Auto | Ready::Notify | Ready::Listen | Ready::Delay(_) => Err("it is no probe".to_owned()),
+        }
+    }
+}
+
 impl FromStr for Ready {
     type Err = String;
 

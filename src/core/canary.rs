@@ -7,6 +7,7 @@
 //!
 //! The incumbent serves all the while and hears of nothing. If it is lost, the candidate is there already, and is switched to.
 
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 use super::generation::InFlight;
@@ -14,7 +15,7 @@ use super::stopping::Life;
 use super::{Abort, Action, Answer, GenerationId, Machine, Notice, Outcome, Phase, Refusal, Stage, Time};
 
 /// A canary, as far as the core goes by it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Canary {
     /// The driver's number for the rest of it: shares, networks, check. Two requests with the same one are the same.
     pub plan: u32,
@@ -29,7 +30,7 @@ pub struct Canary {
 }
 
 /// What the next step waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Wait {
     /// The end of this one's time.
     Until(Time),

@@ -1,9 +1,10 @@
 //! What goes into the core and what comes out.
 
 use super::{Canary, End, GenerationId, Time};
+use serde::{Deserialize, Serialize};
 
 /// Number of a transaction: an upgrade, a rollback, a restart, a start. Counted up, never used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct UpgradeId(pub u64);
 
 impl std::fmt::Display for UpgradeId {
@@ -143,7 +144,7 @@ pub enum Action {
 }
 
 /// What a generation runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Source {
     /// Resolved anew: path, working directory, environment files.
     Fresh,
@@ -152,7 +153,7 @@ pub enum Source {
 }
 
 /// The kind of a transaction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Kind {
     /// The first generation.
     Start,
@@ -214,7 +215,7 @@ pub enum Outcome {
 }
 
 /// Why a candidate failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Failure {
     /// It could not be executed.
     Spawn,
@@ -242,7 +243,7 @@ pub enum Abort {
 }
 
 /// Why the supervisor ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Finish {
     /// Somebody asked.
     Stopped,

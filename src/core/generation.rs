@@ -51,7 +51,7 @@ impl End {
 }
 
 /// Where a generation stands. A released one is no longer in the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Phase {
     /// The driver was told to spawn it and has not answered.
     Spawning {
@@ -108,7 +108,7 @@ pub enum Phase {
 }
 
 /// One spawn of the service's command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Generation {
     /// Where it stands.
     pub phase: Phase,
@@ -149,7 +149,7 @@ impl Generation {
 }
 
 /// A transaction under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InFlight {
     /// Its number.
     pub upgrade: UpgradeId,

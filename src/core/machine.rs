@@ -1,5 +1,6 @@
 //! The state, and what each event does in each phase.
 
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 use super::canary::Wait;
@@ -12,8 +13,10 @@ use super::{
 };
 
 /// The state machine of one service.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Machine {
+    /// The configuration's, whoever goes on with the rest.
+    #[serde(skip)]
     pub(super) policy: Policy,
     pub(super) generations: BTreeMap<GenerationId, Generation>,
     pub(super) serving: Option<GenerationId>,
@@ -24,6 +27,8 @@ pub struct Machine {
     pub(super) restarts: Restarts,
     pub(super) next_generation: u32,
     pub(super) next_upgrade: u64,
+    /// All were performed whenever the machine is written down.
+    #[serde(skip)]
     pub(super) actions: VecDeque<Action>,
 }
 

@@ -1,9 +1,10 @@
 //! What the machine decides by, and its measure of time.
 
+use serde::{Deserialize, Serialize};
 use std::{ops::Add, time::Duration};
 
 /// A moment: monotonic time since the supervisor's start. The core is told it and never reads a clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Time(pub Duration);
 
 impl Add<Duration> for Time {

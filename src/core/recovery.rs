@@ -3,9 +3,10 @@
 use super::policy::RestartWhen;
 use super::stopping::Life;
 use super::{End, Failure, Finish, GenerationId, Kind, Machine, Notice, Outcome, Stage, Time};
+use serde::{Deserialize, Serialize};
 
 /// What is remembered of losses.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Restarts {
     /// How the last incumbent ended, while nobody has taken its place.
     pub lost: Option<End>,

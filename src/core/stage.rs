@@ -4,9 +4,10 @@ use super::canary::Wait;
 use super::generation::InFlight;
 use super::upgrade::Versions;
 use super::{Canary, GenerationId, Time};
+use serde::{Deserialize, Serialize};
 
 /// What the service as a whole is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Stage {
     /// Nothing is in flight.
     Idle,

@@ -1,5 +1,6 @@
 //! How generations and the service end: drain, stop, kill, sweep; lame duck, graceful stop, quick stop.
 
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 use super::{Action, Answer, Finish, GenerationId, Machine, Notice, Outcome, Phase, Stage, Time};
@@ -8,7 +9,7 @@ use super::{Action, Answer, Finish, GenerationId, Machine, Notice, Outcome, Phas
 const KILL_AGAIN: Duration = Duration::from_secs(1);
 
 /// Whether the service runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Life {
     /// It does.
     Running,

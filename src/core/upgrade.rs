@@ -6,9 +6,10 @@ use super::{
     Abort, Action, Answer, Canary, Failure, GenerationId, Kind, Machine, Notice, Outcome, Phase, Refusal, Source,
     Stage, Time, UpgradeId,
 };
+use serde::{Deserialize, Serialize};
 
 /// Whose programs serve, named by the generation that resolved each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Versions {
     /// What a restart and a recovery run: the newest that became ready and was not rolled back.
     pub current: Option<GenerationId>,
@@ -26,7 +27,7 @@ impl Versions {
 }
 
 /// The one request that waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pending {
     /// Its transaction.
     pub upgrade: UpgradeId,

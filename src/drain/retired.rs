@@ -1,6 +1,7 @@
 //! A socket that nothing new is steered to, until what it had before is gone: closing it earlier resets connections that the
 //! kernel has accepted for it.
 
+use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
@@ -17,8 +18,9 @@ use crate::sys::socket::{is_readable, queue_length};
 const LOOKS_THAT_LEARN: u32 = 2;
 
 /// A socket that has been switched away from.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Retired {
+    #[serde(with = "crate::state::fds::shared")]
     socket: Arc<OwnedFd>,
     local: SocketAddr,
     stream: bool,

@@ -13,6 +13,7 @@
 //! and so our child, and stays there, dead, until we reap it: where there is a dead one that was not there before, the
 //! look was no good.
 
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -47,7 +48,7 @@ const LONGEST_SEARCH: Duration = Duration::from_millis(50);
 const A_MOMENT: Duration = Duration::from_millis(1);
 
 /// A process, by what no other one has: a pid and when it was started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Member {
     /// Its pid.
     pub pid: i32,
@@ -74,7 +75,7 @@ impl Member {
 }
 
 /// The processes of a generation.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Group {
     leader: Member,
     marker: Vec<u8>,
@@ -82,7 +83,7 @@ pub struct Group {
 }
 
 /// What was found before.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Known {
     /// Members that lived then: they stay members, whatever they do to get away.
     members: BTreeSet<Member>,
@@ -91,6 +92,7 @@ struct Known {
     /// Those that lived then and are none: they do not become any.
     strangers: BTreeSet<Member>,
     /// Of what nothing can be said yet, and since when.
+    #[serde(skip)]
     doubts: BTreeMap<Member, Instant>,
     /// Nobody is left in the group and the session of the leader's number, so that it may be given to others.
     number_is_free: bool,

@@ -14,18 +14,45 @@ use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::{fstat, FileStat, Mode, SFlag};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::state::{fds, with};
+
 /// An executable file as it was found when a generation was resolved.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Program {
+    #[serde(with = "with::path")]
     found: PathBuf,
+    #[serde(with = "with::path")]
     path: PathBuf,
+    #[serde(with = "fds::owned")]
     held: OwnedFd,
     readable: bool,
     script: bool,
-    file: FileStat,
+    file: Mark,
+    #[serde(with = "once")]
     sha256: OnceLock<String>,
+}
+
+/// A file, and a moment of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Mark {
+    identity: (u64, u64),
+    size: i64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl From<FileStat> for Mark {
+    fn from(stat: FileStat) -> Mark {
+        Mark {
+            identity: (stat.st_dev, stat.st_ino),
+            size: stat.st_size,
+            modified: (stat.st_mtime, stat.st_mtime_nsec),
+            changed: (stat.st_ctime, stat.st_ctime_nsec),
+        }
+    }
 }
 
 /// Why there is nothing to run.
@@ -105,7 +132,7 @@ impl Program {
         let held = File::from(held);
         let mut start = [0; 2];
         let script = readable && held.read_exact_at(&mut start, 0).is_ok() && &start == b"#!";
-        Ok(Program { found, path, held: held.into(), readable, script, file, sha256: OnceLock::new() })
+        Ok(Program { found, path, held: held.into(), readable, script, file: file.into(), sha256: OnceLock::new() })
     }
 
     /// Where its file was, symbolic links followed.
@@ -179,19 +206,15 @@ impl Program {
     /// Whether the other one is the same file, found the same way and not changed in between.
     #[must_use]
     pub fn is_same(&self, other: &Program) -> bool {
-        let mark = |stat: &FileStat| {
-            let (modified, changed) = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
-            (stat.st_dev, stat.st_ino, stat.st_size, modified, changed)
-        };
-        (&self.found, &self.path, mark(&self.file)) == (&other.found, &other.path, mark(&other.file))
+        (&self.found, &self.path, self.file) == (&other.found, &other.path, other.file)
     }
 
     /// Whether its content was changed in place, so that the version from then is lost.
     #[must_use]
     pub fn was_overwritten(&self) -> bool {
         fstat(&self.held).is_ok_and(|now| {
-            let mark = |stat: &FileStat| (stat.st_size, stat.st_mtime, stat.st_mtime_nsec);
-            mark(&now) != mark(&self.file)
+            let now = Mark::from(now);
+            (now.size, now.modified) != (self.file.size, self.file.modified)
         })
     }
 
@@ -204,7 +227,7 @@ impl Program {
     }
 
     fn is_at(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (self.file.st_dev, self.file.st_ino))
+        fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == self.file.identity)
     }
 
     fn reader(&self) -> io::Result<File> {
@@ -212,6 +235,20 @@ impl Program {
             return Err(Errno::EACCES.into());
         }
         self.held.try_clone().map(File::from)
+    }
+}
+
+mod once {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::sync::OnceLock;
+
+    pub fn serialize<S: Serializer>(value: &OnceLock<String>, to: S) -> Result<S::Ok, S::Error> {
+        value.get().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<OnceLock<String>, D::Error> {
+        let value = Option::<String>::deserialize(from)?;
+        Ok(value.map_or_else(OnceLock::new, OnceLock::from))
     }
 }
 

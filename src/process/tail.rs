@@ -1,5 +1,6 @@
 //! The last lines of what a generation wrote to its stderr, for reports.
 
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,17 +8,17 @@ const MOST_LINES: usize = 20;
 const MOST_BYTES: usize = 1024;
 
 /// The last 20 lines, up to 1 KiB of each.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Tail(Mutex<Lines>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Lines {
     whole: VecDeque<Line>,
     /// The last one, without its end yet.
     open: Option<Line>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Line {
     bytes: Vec<u8>,
     /// It was longer.

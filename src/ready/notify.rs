@@ -7,9 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::socket::{bind, setsockopt, socket, sockopt, AddressFamily, SockFlag, SockType, UnixAddr};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::io::Interest;
 
 use crate::proto::notify::{parse, Field, NotifyError, MAX_LEN};
+use crate::state::fds;
 use crate::sys::readiness::Awaited;
 use crate::sys::scm::{self, Credentials};
 
@@ -18,6 +21,35 @@ use crate::sys::scm::{self, Credentials};
 pub struct NotifySocket {
     socket: Awaited<OwnedFd>,
     name: String,
+}
+
+/// A socket that outlives execve(2).
+#[derive(Deserialize)]
+struct Held {
+    #[serde(deserialize_with = "fds::owned::deserialize")]
+    socket: OwnedFd,
+    name: String,
+}
+
+#[derive(Serialize)]
+struct Lent<'a> {
+    #[serde(serialize_with = "fds::owned::serialize")]
+    socket: &'a OwnedFd,
+    name: &'a str,
+}
+
+impl Serialize for NotifySocket {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        Lent { socket: self.socket.get_ref(), name: &self.name }.serialize(to)
+    }
+}
+
+impl<'de> Deserialize<'de> for NotifySocket {
+    /// Within a runtime only.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let Held { socket, name } = Held::deserialize(from)?;
+        Ok(NotifySocket { socket: Awaited::new(socket, Interest::READABLE).map_err(D::Error::custom)?, name })
+    }
 }
 
 /// Something that was sent to it.

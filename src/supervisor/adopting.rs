@@ -8,6 +8,7 @@
 //!  release   ─> the socket stays open here until its queue is empty, and only then leaves
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::core::{Event, GenerationId};
 use crate::drain::connections::Places;
 use crate::drain::retired::Retired;
 use crate::listener::steering::{Group, Key, Origin, Protocol};
+use crate::state::with;
 use crate::sys::socket::{is_readable, queue_length};
 
 /// A generation listens once it has made no further socket for so long.
@@ -32,8 +34,9 @@ pub(super) const GIVEN_UP: Duration = Duration::from_secs(5);
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// All sockets that are steered.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Adopted {
+    #[serde(with = "with::pairs")]
     pub(super) groups: BTreeMap<Key, Group>,
     pub(super) locals: Locals,
     /// Of generations that are gone, until their queues are empty.
@@ -43,12 +46,15 @@ pub struct Adopted {
     pub(super) ports: Ports,
     /// From where a canary gets everything.
     pub(super) diverted: Vec<Origin>,
+    #[serde(with = "with::moment_option")]
     pub(super) due: Option<Instant>,
     /// Generations that are told to drain once they have accepted what waits in their own sockets.
     pub(super) emptying: Vec<(GenerationId, Vec<Retired>)>,
     /// When to look at those.
+    #[serde(with = "with::moment_option")]
     pub(super) emptying_due: Option<Instant>,
     /// Where zddsup was told to listen, with the place in the list of listeners.
+    #[serde(with = "with::pairs")]
     pub(super) declared: BTreeMap<Key, usize>,
 }
 

@@ -7,6 +7,7 @@
 //!  switch   ─> everything to the candidate, as ever
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -29,10 +30,11 @@ const SOONEST: Duration = Duration::from_millis(100);
 const LATEST: Duration = Duration::from_secs(5);
 
 /// What was asked for, and what is checked now.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Canaries {
     plans: BTreeMap<u32, Canary>,
     last: u32,
+    #[serde(skip)]
     checking: Option<Checking>,
     /// Why the check failed.
     failure: Option<String>,

@@ -93,7 +93,7 @@ impl Driver {
         if running.group.is_none() {
             running.group = Some(Arc::new(Group::new(member, &running.marker)));
         }
-        running.main = Some(Main { member, pidfd, watch: task.abort_handle() });
+        running.main = Some(Main { member, pidfd, watch: Some(task.abort_handle()) });
     }
 
     /// The end is taken after everything that the generation said before it.

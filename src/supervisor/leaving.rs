@@ -8,6 +8,7 @@
 //!  nobody listens there any more      it is reset
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,7 +24,7 @@ use crate::listener::Listener;
 use crate::sys::socket::queue_length;
 
 /// A socket whose generation is gone.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Leaving {
     owner: GenerationId,
     key: Key,

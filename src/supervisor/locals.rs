@@ -10,6 +10,7 @@
 //!  release   ─> the second name goes, and the file too unless another one is there
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -33,19 +34,22 @@ use crate::sys::socket::is_readable;
 use crate::sys::view::View;
 
 /// Unix sockets of generations.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Locals {
     all: Vec<Local>,
     /// Of files that others may remove: only while there is more than one generation, or none that serves.
+    #[serde(skip)]
     guards: Vec<Guard>,
     named: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Local {
     owner: GenerationId,
     place: Place,
+    #[serde(with = "kind")]
     kind: Type,
+    #[serde(with = "crate::state::fds::shared")]
     socket: Arc<OwnedFd>,
     /// None for an abstract name.
     file: Option<Arc<SocketFile>>,
@@ -54,7 +58,7 @@ struct Local {
 }
 
 /// Where a socket is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Place {
     File(Location),
     Abstract(Vec<u8>),
@@ -450,5 +454,18 @@ impl Driver {
                 }
             }
         }
+    }
+}
+
+mod kind {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use socket2::Type;
+
+    pub fn serialize<S: Serializer>(kind: &Type, to: S) -> Result<S::Ok, S::Error> {
+        i32::from(*kind).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Type, D::Error> {
+        i32::deserialize(from).map(Type::from)
     }
 }

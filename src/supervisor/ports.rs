@@ -1,5 +1,6 @@
 //! Ports that the kernel chose for services that bound port 0: the next generation gets the same.
 
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
@@ -9,14 +10,14 @@ use socket2::SockRef;
 use crate::core::GenerationId;
 
 /// Those of the generations that live.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Ports {
     chosen: Vec<Chosen>,
     /// Whose the next generation gets.
     before: Option<GenerationId>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Chosen {
     owner: GenerationId,
     address: SocketAddr,

@@ -1,5 +1,6 @@
 //! The history of transactions, for the status, the log and whoever waits.
 
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -10,16 +11,24 @@ use crate::core::{GenerationId, Kind, Outcome, UpgradeId};
 const REMEMBERED: usize = 10;
 
 /// One transaction, with the clock of the phase that it is in.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     report: UpgradeReport,
-    phase: Option<(UpgradePhase, Instant)>,
+    phase: Option<Running>,
     /// Generations that leave because of it.
     leaving: Vec<GenerationId>,
 }
 
+/// The phase that it is in.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Running {
+    phase: UpgradePhase,
+    #[serde(with = "crate::state::with::moment")]
+    since: Instant,
+}
+
 /// The last transactions, newest first.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Reports {
     entries: VecDeque<Entry>,
     changed: BTreeSet<u64>,
@@ -178,7 +187,7 @@ impl Reports {
     #[must_use]
     pub fn in_canary(&self, id: UpgradeId) -> Option<GenerationId> {
         let entry = self.entries.iter().find(|entry| entry.report.id == id.0)?;
-        entry.report.from.filter(|_| matches!(entry.phase, Some((UpgradePhase::Canary, _))))
+        entry.report.from.filter(|_| entry.phase.is_some_and(|running| running.phase == UpgradePhase::Canary))
     }
 
     /// How many ended how.
@@ -214,7 +223,7 @@ impl Reports {
                 proof: Proof::default(),
                 retired: false,
             },
-            phase: Some((UpgradePhase::Waiting, now)),
+            phase: Some(Running { phase: UpgradePhase::Waiting, since: now }),
             leaving: Vec::new(),
         });
         // What is still under way is never forgotten.
@@ -252,7 +261,7 @@ impl Entry {
 
     fn so_far(&self, now: Instant) -> UpgradeReport {
         let mut report = self.report.clone();
-        if let Some((phase, since)) = self.phase {
+        if let Some(Running { phase, since }) = self.phase {
             report.phases.push(PhaseTime { phase, ms: millis(now - since) });
         }
         report
@@ -264,11 +273,11 @@ impl Entry {
 
     fn enter(&mut self, phase: UpgradePhase, now: Instant) {
         self.close(now);
-        self.phase = Some((phase, now));
+        self.phase = Some(Running { phase, since: now });
     }
 
     fn close(&mut self, now: Instant) {
-        if let Some((phase, since)) = self.phase.take() {
+        if let Some(Running { phase, since }) = self.phase.take() {
             self.report.phases.push(PhaseTime { phase, ms: millis(now - since) });
         }
     }

@@ -1,5 +1,6 @@
 //! What is held for a generation while it lives. Dropped when it is released, and everything of it with it.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,23 +14,27 @@ use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
 use crate::ready::notify::NotifySocket;
+use crate::state::{fds, with};
 use crate::sys::pidfd::PidFd;
 use crate::sys::seccomp::Notifier;
 
 /// A generation's process and all that serves it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Running {
     /// Its number.
     pub id: GenerationId,
     /// Which program it was to run.
     pub source: Source,
     /// What it runs; none where it could not be resolved.
+    #[serde(skip)]
     pub program: Option<Arc<Program>>,
     /// By which its processes are found.
     pub marker: String,
     /// Whom it runs as.
+    #[serde(with = "uid")]
     pub uid: Uid,
     /// When its spawn began.
+    #[serde(with = "with::moment")]
     pub since: Instant,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
     pub main: Option<Main>,
@@ -38,6 +43,7 @@ pub struct Running {
     /// Where it says READY=1; none for one that was taken over.
     pub notify: Option<Arc<NotifySocket>>,
     /// Its bind(2) and listen(2), where they are caught.
+    #[serde(with = "notifier")]
     pub notifier: Option<Arc<Notifier>>,
     /// How often it called listen(2).
     pub listens: u32,
@@ -50,8 +56,10 @@ pub struct Running {
     /// Its drain is observed, and what was seen last.
     pub seen: Option<Seen>,
     /// The supervisor's end of its handoff socket.
+    #[serde(skip)]
     pub channel: Option<Channel>,
     /// Its stderr.
+    #[serde(skip)]
     pub capture: Option<Capture>,
     /// What its last drain message said: last, and more.
     pub told_to_drain: Option<(bool, bool)>,
@@ -68,35 +76,39 @@ pub struct Running {
     /// How its main process ended.
     pub end: Option<End>,
     /// The listeners' status flags before it could touch them.
+    #[serde(with = "flags")]
     pub flags_before: Vec<OFlag>,
     /// Its watchdog.
     pub watchdog: Watchdog,
     /// Tasks that end with it.
+    #[serde(skip)]
     pub tasks: Tasks,
 }
 
 /// What a look at a generation has shown, the drain of which is observed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Seen {
     /// It has something to finish, or was not looked at yet.
     Busy,
     /// All looks since this one have found nothing.
-    QuietSince(Instant),
+    QuietSince(#[serde(with = "with::moment")] Instant),
 }
 
 /// A generation's main process.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Main {
     /// Which.
     pub member: Member,
     /// The process itself.
+    #[serde(with = "fds::owned")]
     pub pidfd: PidFd,
-    /// Reports its end.
-    pub watch: AbortHandle,
+    /// Reports its end; none until [`super::driver::Driver`] watches it.
+    #[serde(skip)]
+    pub watch: Option<AbortHandle>,
 }
 
 /// What a generation said of itself by notify messages.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Said {
     /// Whether it said anything at all.
     pub anything: bool,
@@ -111,11 +123,12 @@ pub struct Said {
 }
 
 /// When a generation must have shown a sign of life.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Watchdog {
     /// How often; none is never.
     pub every: Option<Duration>,
     /// By when; none until it is ready.
+    #[serde(with = "with::moment_option")]
     pub due: Option<Instant>,
 }
 
@@ -155,7 +168,7 @@ impl Drop for Tasks {
 
 impl Drop for Main {
     fn drop(&mut self) {
-        self.watch.abort();
+        self.watch.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -184,5 +197,57 @@ impl Running {
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
         self.main.as_ref().map(|main| main.member.pid)
+    }
+}
+
+mod uid {
+    use nix::unistd::Uid;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(uid: &Uid, to: S) -> Result<S::Ok, S::Error> {
+        uid.as_raw().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Uid, D::Error> {
+        Deserialize::deserialize(from).map(Uid::from_raw)
+    }
+}
+
+mod flags {
+    use nix::fcntl::OFlag;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(flags: &[OFlag], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(flags.iter().map(OFlag::bits))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<OFlag>, D::Error> {
+        Ok(Vec::deserialize(from)?.into_iter().map(OFlag::from_bits_retain).collect())
+    }
+}
+
+mod notifier {
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    use serde::{de::Error, Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::state::fds;
+    use crate::sys::seccomp::Notifier;
+
+    #[derive(Deserialize)]
+    struct Held(#[serde(deserialize_with = "fds::owned::deserialize")] OwnedFd);
+
+    #[derive(Serialize)]
+    struct Lent<'a>(#[serde(serialize_with = "fds::owned::serialize")] &'a Notifier);
+
+    #[allow(clippy::ref_option)] // As serde calls it.
+    pub fn serialize<S: Serializer>(notifier: &Option<Arc<Notifier>>, to: S) -> Result<S::Ok, S::Error> {
+        notifier.as_deref().map(Lent).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Arc<Notifier>>, D::Error> {
+        let held = Option::<Held>::deserialize(from)?;
+        held.map(|Held(fd)| Notifier::resume(fd).map(Arc::new).map_err(D::Error::custom)).transpose()
     }
 }

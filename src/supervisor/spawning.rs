@@ -1,5 +1,6 @@
 //! The one place where a generation's program, environment and fds are made.
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -24,7 +25,7 @@ use crate::proto::{compat, listen_fds, placeholder};
 use crate::ready::notify::NotifySocket;
 
 /// What a generation runs, as it was resolved once. A rollback, a restart and a recovery run it again.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Recipe {
     /// The executable, held open.
     pub program: Arc<Program>,
@@ -33,6 +34,7 @@ pub struct Recipe {
     /// Environment, with placeholders, without what zddsup adds.
     pub env: BTreeMap<OsString, OsString>,
     /// Working directory.
+    #[serde(with = "crate::state::with::path")]
     pub directory: PathBuf,
 }
 

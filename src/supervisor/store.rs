@@ -1,6 +1,7 @@
 //! What generations leave with the supervisor: stored fds (FDSTORE in `sd_notify(3)`), and what is kept for the next
 //! generation on the handoff socket.
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -10,25 +11,28 @@ use nix::sys::stat::fstat;
 
 use crate::core::GenerationId;
 use crate::proto::handoff::{MAX_KEEPS, MAX_KEPT_BYTES};
+use crate::state::fds;
 
 /// A stored fd. It stays until it is removed, and every later generation gets a copy.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Stored {
     /// Its FDNAME.
     pub name: String,
     /// The open file.
+    #[serde(with = "fds::shared")]
     pub fd: Arc<OwnedFd>,
     polled: bool,
 }
 
 /// A change that a generation asked for.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum Change {
     /// FDSTORE=1.
     Add {
         /// FDNAME.
         name: String,
         /// What it sent.
+        #[serde(with = "fds::owned_list")]
         fds: Vec<OwnedFd>,
         /// FDPOLL: dropped when the other end hangs up.
         polled: bool,
@@ -41,7 +45,7 @@ pub enum Change {
 }
 
 /// The fd store of a service. Changes of a candidate count from the switch on, so that a failed upgrade changes nothing.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Store {
     most: usize,
     stored: Vec<Stored>,
@@ -125,7 +129,7 @@ impl Store {
 }
 
 /// Something that a generation passes on to the one that serves after it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Kept {
     /// By which its arrival is acknowledged.
     pub id: u64,
@@ -134,6 +138,7 @@ pub struct Kept {
     /// Bytes that go with it.
     pub state: Vec<u8>,
     /// Open files that go with it.
+    #[serde(with = "fds::shared_list")]
     pub fds: Vec<Arc<OwnedFd>>,
     /// Who passed it on.
     pub from: GenerationId,
@@ -147,7 +152,7 @@ const MOST_PASSED_OVER: usize = 3;
 
 /// What is on its way from one generation to the next. A copy is held until the receiver says that it has it, so that
 /// nothing is lost with a receiver that dies.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Keeping {
     most_fds: usize,
     next: u64,

@@ -4,6 +4,8 @@
 #[cfg(feature = "cli")]
 pub mod exec;
 #[cfg(feature = "cli")]
+pub mod fds;
+#[cfg(feature = "cli")]
 pub mod memory;
 #[cfg(feature = "cli")]
 pub mod pidfd;

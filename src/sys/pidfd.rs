@@ -61,6 +61,13 @@ impl PidFd {
     }
 }
 
+impl From<OwnedFd> for PidFd {
+    /// One that was left open over execve(2).
+    fn from(fd: OwnedFd) -> Self {
+        PidFd(fd)
+    }
+}
+
 impl AsFd for PidFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -15,6 +15,7 @@ use std::thread;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::stat::{umask, Mode};
 use nix::unistd::{chroot, fchdir, geteuid, setfsgid, setfsuid, Gid, Uid};
+use serde::{Deserialize, Serialize};
 
 /// As whom, and from where.
 #[derive(Debug)]
@@ -22,9 +23,15 @@ pub struct View {
     /// Its root, where that is not ours.
     root: Option<OwnedFd>,
     directory: OwnedFd,
-    umask: Mode,
-    user: Uid,
-    group: Gid,
+    standing: Standing,
+}
+
+/// What counts in the file system besides where one is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    umask: libc::mode_t,
+    user: libc::uid_t,
+    group: libc::gid_t,
     groups: Vec<libc::gid_t>,
 }
 
@@ -45,10 +52,12 @@ impl View {
         Ok(View {
             root: if is_ours(&root, tid)? { None } else { Some(root) },
             directory: open("cwd")?,
-            umask: Mode::from_bits_truncate(mask.ok_or_else(missing)?),
-            user: Uid::from_raw(number("Uid")?),
-            group: Gid::from_raw(number("Gid")?),
-            groups: words("Groups").ok_or_else(missing)?.into_iter().flat_map(str::parse).collect(),
+            standing: Standing {
+                umask: mask.ok_or_else(missing)?,
+                user: number("Uid")?,
+                group: number("Gid")?,
+                groups: words("Groups").ok_or_else(missing)?.into_iter().flat_map(str::parse).collect(),
+            },
         })
     }
 
@@ -56,6 +65,18 @@ impl View {
     pub fn within(self, directory: &Path) -> io::Result<View> {
         let directory = self.act(|| open_directory(directory))??;
         Ok(View { directory, ..self })
+    }
+
+    /// One that was taken apart.
+    #[must_use]
+    pub fn from_parts(root: Option<OwnedFd>, directory: OwnedFd, standing: Standing) -> View {
+        View { root, directory, standing }
+    }
+
+    /// Its root where that is not ours, its directory, and the rest.
+    #[must_use]
+    pub fn parts(&self) -> (&Option<OwnedFd>, &OwnedFd, &Standing) {
+        (&self.root, &self.directory, &self.standing)
     }
 
     /// The directory.
@@ -77,7 +98,9 @@ impl View {
 
     fn enter(&self) -> io::Result<()> {
         unshare(CloneFlags::CLONE_FS)?;
-        umask(self.umask);
+        let Standing { umask: mask, user, group, groups } = &self.standing;
+        let (user, group) = (Uid::from_raw(*user), Gid::from_raw(*group));
+        umask(Mode::from_bits_truncate(*mask));
         if let Some(root) = &self.root {
             fchdir(root)?;
             chroot(".")?;
@@ -85,14 +108,14 @@ impl View {
         fchdir(&self.directory)?;
         if geteuid().is_root() {
             // SAFETY: the pointer and the length are those of a live slice; the kernel copies it.
-            let result = unsafe { libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()) };
+            let result = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
             if result != 0 {
                 return Err(io::Error::last_os_error());
             }
-            setfsgid(self.group);
+            setfsgid(group);
             // It says who it was, and never fails: asked again, it is to be the new one.
-            setfsuid(self.user);
-            if setfsuid(self.user) != self.user {
+            setfsuid(user);
+            if setfsuid(user) != user {
                 return Err(io::ErrorKind::PermissionDenied.into());
             }
         }
@@ -124,7 +147,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let here = std::env::current_dir().unwrap();
         let view = View::of(gettid().as_raw()).unwrap().within(dir.path()).unwrap();
-        let view = View { umask: Mode::from_bits_truncate(0o077), ..view };
+        let standing = Standing { umask: 0o077, ..view.standing.clone() };
+        let view = View { standing, ..view };
         view.act(|| fs::write("made", "").unwrap()).unwrap();
         assert_eq!(fs::metadata(dir.path().join("made")).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::env::current_dir().unwrap(), here);
@@ -143,7 +167,8 @@ mod tests {
         fs::set_permissions(dir.path().join("closed"), fs::Permissions::from_mode(0o700)).unwrap();
         let view = View::of(gettid().as_raw()).unwrap().within(dir.path()).unwrap();
         let root = Some(open_directory(dir.path()).unwrap());
-        let view = View { root, user: Uid::from_raw(65534), group: Gid::from_raw(65534), groups: vec![], ..view };
+        let standing = Standing { user: 65534, group: 65534, groups: vec![], ..view.standing.clone() };
+        let view = View { root, standing, ..view };
         view.act(|| fs::write("/made", "").unwrap()).unwrap();
         let made = fs::metadata(dir.path().join("made")).unwrap();
         assert_eq!((made.uid(), made.gid()), (65534, 65534));

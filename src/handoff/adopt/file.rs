@@ -9,6 +9,7 @@
 //!
 //! All of it is done as the service itself would ([`View`]), so that nothing is allowed that is not allowed to it.
 
+use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -22,7 +23,7 @@ use socket2::{SockAddr, SockRef};
 use crate::sys::view::View;
 
 /// Which file it is, whatever the path to its directory.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Location {
     device: u64,
     directory: u64,
@@ -30,8 +31,9 @@ pub struct Location {
 }
 
 /// A path at which a socket is, or will be, as its service sees it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct SocketFile {
+    #[serde(with = "view")]
     view: View,
     location: Location,
     /// The second name.
@@ -43,7 +45,7 @@ pub struct SocketFile {
 }
 
 /// How a file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Look {
     /// Device and inode.
     identity: (u64, u64),
@@ -211,6 +213,41 @@ impl std::fmt::Display for SocketFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let directory = fs::read_link(self.directory_path()).unwrap_or_default();
         write!(f, "unix://{}", directory.join(&self.location.name).display())
+    }
+}
+
+mod view {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::os::fd::OwnedFd;
+
+    use crate::state::fds;
+    use crate::sys::view::{Standing, View};
+
+    #[derive(Serialize)]
+    struct Written<'a> {
+        #[serde(with = "fds::owned_option")]
+        root: &'a Option<OwnedFd>,
+        #[serde(with = "fds::owned")]
+        directory: &'a OwnedFd,
+        standing: &'a Standing,
+    }
+
+    #[derive(Deserialize)]
+    struct Read {
+        #[serde(with = "fds::owned_option")]
+        root: Option<OwnedFd>,
+        #[serde(with = "fds::owned")]
+        directory: OwnedFd,
+        standing: Standing,
+    }
+
+    pub fn serialize<S: Serializer>(view: &View, to: S) -> Result<S::Ok, S::Error> {
+        let (root, directory, standing) = view.parts();
+        Written { root, directory, standing }.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<View, D::Error> {
+        Read::deserialize(from).map(|read| View::from_parts(read.root, read.directory, read.standing))
     }
 }
 

@@ -10,6 +10,7 @@
 //!  [ a C ]      a leaves: C is alone, whatever the program says
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,7 +27,7 @@ use crate::core::GenerationId;
 use crate::sys::steer::attach;
 
 /// The sockets of an address. Nothing but this may take a socket out of the group, and whoever lets one in tells it at once.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Group {
     key: Key,
     /// By index.
@@ -38,13 +39,15 @@ pub struct Group {
 }
 
 /// A socket of a group.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Member {
     owner: GenerationId,
+    #[serde(with = "crate::state::fds::shared")]
     socket: Arc<OwnedFd>,
     /// It gets nothing more, and goes as soon as that does no harm.
     leaving: bool,
     /// It gets nothing before that.
+    #[serde(with = "crate::state::with::moment_option")]
     from: Option<Instant>,
 }
 

@@ -1,6 +1,7 @@
 //! Which group a socket is in: what the kernel compares when a socket joins one (`inet_reuseport_add_sock`,
 //! `udp_reuseport_add_sock`).
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +14,7 @@ use super::program::{Draw, Family};
 use crate::sys::steer::network_namespace;
 
 /// What has ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Protocol {
     /// TCP, and Multipath TCP, which listens with a socket of TCP. A group forms with listen(2).
     Tcp,
@@ -23,7 +24,7 @@ pub enum Protocol {
 
 /// What the sockets of a group have in common. The one thing more, that their user is the same (`fchown(2)` gives a socket
 /// another one), the kernel asks for at bind(2) already.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
     protocol: Protocol,
     local: SocketAddr,

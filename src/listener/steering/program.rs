@@ -10,6 +10,7 @@
 //!  slots      of those of the part, the remainder says which
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::sys::steer::Instruction;
@@ -57,7 +58,7 @@ pub enum Draw {
 }
 
 /// Where something comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     network: IpAddr,
     /// Leading bits of it that count.

@@ -62,13 +62,18 @@ impl Notifier {
     /// # Errors
     /// ENOSYS: the kernel is too old (before Linux 5.9) to answer such calls.
     pub fn new(listener: OwnedFd) -> io::Result<Notifier> {
-        let size = notification_size()?.max(size_of::<seccomp_notif>());
-        let room = Mutex::new(vec![0; size.div_ceil(size_of::<u64>())]);
-        let notifier = Notifier { fd: Awaited::new(listener, Interest::READABLE)?, room };
+        let notifier = Notifier::resume(listener)?;
         match notifier.put_in_place(0, notifier.as_fd(), 0, true) {
             Ok(_no_such_call) => Ok(notifier),
             Err(_) => Err(Errno::ENOSYS.into()),
         }
+    }
+
+    /// One that was left open over execve(2). Within a runtime only.
+    pub fn resume(listener: OwnedFd) -> io::Result<Notifier> {
+        let size = notification_size()?.max(size_of::<seccomp_notif>());
+        let room = Mutex::new(vec![0; size.div_ceil(size_of::<u64>())]);
+        Ok(Notifier { fd: Awaited::new(listener, Interest::READABLE)?, room })
     }
 
     /// Waits for the next call. Can be cancelled; can be awaited by several.
