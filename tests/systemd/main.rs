@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod newer;
 mod stage;
 
 use common::real::installed;
