@@ -113,6 +113,8 @@ fn it_finds_nothing_wrong_with_the_units() {
     let Some(systemd) = Systemd::boot_newer(&[
         ("zddsup@.service", shipped("zddsup@.service")),
         ("zddsup@.service.d/notify-reload.conf", shipped("notify-reload.conf")),
+        ("zddsup@.socket", shipped("zddsup@.socket")),
+        ("zddsup@web.socket.d/listen.conf", "[Socket]\nListenStream=8080\n".to_owned()),
         ("web.service", shipped("examples/web.service")),
         ("web.socket", shipped("examples/web.socket")),
         ("adopted.service", here(adopted)),
@@ -120,7 +122,9 @@ fn it_finds_nothing_wrong_with_the_units() {
     ]) else {
         return;
     };
-    for name in ["zddsup@web.service", "web.service", "web.socket", "adopted.service", "listens.service"] {
+    for name in
+        ["zddsup@web.service", "zddsup@web.socket", "web.service", "web.socket", "adopted.service", "listens.service"]
+    {
         let args = ["verify", "--man=no", "--recursive-errors=no", &format!("/run/systemd/system/{name}")];
         let output = systemd.command("systemd-analyze", &args).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -2,6 +2,7 @@
 //! processes, and dies with the test.
 
 use std::fs;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -174,16 +175,26 @@ impl Systemd {
         String::from_utf8(output).unwrap().trim().to_owned()
     }
 
+    /// In its network. Threads that are made there inherit it.
+    fn within<T: Send + 'static>(&self, what: impl FnOnce() -> T + Send + 'static) -> T {
+        let network = fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
+        let thread = std::thread::spawn(move || {
+            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+            what()
+        });
+        thread.join().unwrap()
+    }
+
+    /// A connection to a port inside, on which nothing is asked.
+    pub fn connect(&self, port: u16) {
+        self.within(move || drop(TcpStream::connect(("127.0.0.1", port)).unwrap()));
+    }
+
     /// Requests to a port inside.
     #[must_use]
     pub fn load(&self, port: u16) -> Load {
-        let network = fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
-        // Threads inherit it from the one that makes them; this one is gone then.
-        let begin = std::thread::spawn(move || {
-            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
-            Load::start(Config { workers: 2, ..Config::new(Target::Tcp(([127, 0, 0, 1], port).into())) })
-        });
-        let load = begin.join().unwrap();
+        let target = Target::Tcp(([127, 0, 0, 1], port).into());
+        let load = self.within(move || Load::start(Config { workers: 2, ..Config::new(target) }));
         assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), self.log());
         load
     }
