@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod newer;
+mod protocol;
 mod sockets;
 mod stage;
 

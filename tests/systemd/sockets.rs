@@ -2,10 +2,9 @@
 
 use crate::common::load::Failure;
 use crate::common::{wait_for, PATIENCE};
+use crate::protocol::Boot;
 use crate::stage::Systemd;
 use crate::{shipped, template, HERE};
-
-type Boot = fn(&[(&str, String)]) -> Option<Systemd>;
 
 /// systemd listens at ports 80 and 81, under the names `web` and `admin`; nothing else runs.
 fn lazy(boot: Boot, more: &str) -> Option<Systemd> {
@@ -102,25 +101,4 @@ fn a_service_for_each_connection_is_refused_with_the_remedy() {
         assert!(!units.contains(" running "), "{units}");
         units.contains(" failed ")
     });
-}
-
-fn a_start_that_fails(boot: Boot) {
-    let Some(systemd) = boot(&template("Restart=no\n")) else { return };
-    let command = "/run/target/examples/puppet --exit-before-ready 7";
-    systemd.write("web.env", &format!("COMMAND={command}\nFLAGS=--listen 127.0.0.1:80 --log-level debug\n"));
-    assert!(!systemd.ctl(&["start", "zddsup@web"]).status.success());
-    let status = systemd.show("zddsup@web", "StatusText");
-    assert!(status.contains("never became ready: generation 1 exited with status 7"), "{status}\n{}", systemd.log());
-    // The barrier was passed.
-    assert!(!systemd.log().contains("has not heard"), "{}", systemd.log());
-}
-
-#[test]
-fn a_start_that_fails_says_why_in_the_status() {
-    a_start_that_fails(Systemd::boot);
-}
-
-#[test]
-fn a_start_that_fails_under_a_newer_systemd_says_why_in_the_status() {
-    a_start_that_fails(Systemd::boot_newer);
 }
