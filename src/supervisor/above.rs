@@ -97,11 +97,12 @@ impl Above {
         }
     }
 
-    /// Says it. One that has no room for it is waited for, a little.
-    pub fn say(&self, state: &str) -> io::Result<()> {
+    /// Says it. One that has no room for it is waited for, a little, if `patient`.
+    pub fn say(&self, state: &str, patient: bool) -> io::Result<()> {
         match self {
             Above::Local(address) => {
                 let socket = UnixDatagram::unbound()?;
+                socket.set_nonblocking(!patient)?;
                 socket.set_write_timeout(Some(PATIENCE))?;
                 socket.send_to_addr(state.as_bytes(), address).map(drop).map_err(|error| match error.kind() {
                     io::ErrorKind::WouldBlock => io::Error::other("it does not read what it is sent"),
@@ -298,7 +299,7 @@ mod tests {
     fn all_is_sent_before_the_barrier_falls() {
         // Nobody is there, which is known at once, or after two seconds.
         let above = Above::new(OsStr::new("vsock:0:1")).unwrap();
-        above.say("READY=1").unwrap();
+        above.say("READY=1", true).unwrap();
         let barrier = above.barrier().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(barrier.passed()).unwrap();

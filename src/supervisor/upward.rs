@@ -172,7 +172,9 @@ impl Upward {
     }
 
     fn say(&self, state: &str) {
-        if let Some(Err(error)) = self.above.as_ref().map(|above| above.say(state)) {
+        // One that did not hear before does not hold the loop up again.
+        let patient = !self.warned.get();
+        if let Some(Err(error)) = self.above.as_ref().map(|above| above.say(state, patient)) {
             self.warn(&error);
         }
     }
@@ -300,6 +302,20 @@ mod tests {
             assert!(upward.due().is_none() && upward.ended("stopped").is_none(), "{place}");
             assert_eq!(upward.warned.get(), !place.is_empty());
         }
+    }
+
+    /// More than `net.unix.max_dgram_qlen` is anywhere: 10, or 512 under systemd.
+    #[test]
+    fn one_that_does_not_read_is_waited_for_once() {
+        let (above, mut upward) = Above::new(None);
+        for number in 0..1000 {
+            upward.status(&number.to_string());
+            assert!(above.begin.elapsed() < Duration::from_secs(30), "{number}");
+        }
+        assert!(upward.warned.get());
+        assert_eq!(above.heard()[..2], ["STATUS=0", "STATUS=1"]);
+        upward.status("heard again");
+        assert_eq!(above.heard(), ["STATUS=heard again"]);
     }
 
     #[test]

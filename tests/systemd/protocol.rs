@@ -27,7 +27,7 @@ fn a_start_that_fails_under_a_newer_systemd_says_why_in_the_status() {
     a_start_that_fails(Systemd::boot_newer);
 }
 
-/// By ExecReload, longer than systemd would wait by itself.
+/// By `ExecReload`, longer than systemd would wait by itself.
 fn a_long_reload(boot: Boot) {
     let Some(systemd) = boot(&template("TimeoutStartSec=3\n")) else { return };
     let command = "/run/target/examples/puppet --script /run/stage/script";
