@@ -9,7 +9,7 @@ use crate::core::{End, Finish};
 use crate::listener::inherit::Inherited;
 use crate::process::output::Output;
 use crate::supervisor::run::{self, Ended, StartError};
-use crate::supervisor::{describe, signals};
+use crate::supervisor::signals;
 use crate::sys::memory;
 
 /// How long a slow stderr is waited for at the end.
@@ -33,18 +33,13 @@ pub fn run(flags: RunFlags) -> Result<Exit, Failure> {
 }
 
 fn finished(name: &str, ended: &Ended) -> Result<Exit, Failure> {
-    let reason = ended.reason.as_deref().unwrap_or("the log says why");
-    let said = |exit, line| Err(Failure::Said { exit, line });
+    let said = |exit| Err(Failure::Said { exit, line: format!("service {name}: {}", ended.in_words()) });
     match ended.finish {
         Finish::Stopped => Ok(Exit::Done),
-        Finish::StartFailed(_) => {
-            said(Exit::NeverReady, format!("service {name}: the first version never became ready: {reason}"))
-        }
-        Finish::RestartLimit => {
-            said(Exit::RestartLimit, format!("service {name}: lost too often, restart limit reached: {reason}"))
-        }
+        Finish::StartFailed(_) => said(Exit::NeverReady),
+        Finish::RestartLimit => said(Exit::RestartLimit),
         Finish::ServiceEnded(end) => {
-            text::complain(&format!("service {name} {} and is not started again (--restart)", describe(end)));
+            text::complain(&format!("service {name} {}", ended.in_words()));
             Ok(Exit::Service(own_status(end)))
         }
     }

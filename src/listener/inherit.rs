@@ -37,6 +37,15 @@ pub enum InheritError {
         /// Why they cannot be taken.
         source: io::Error,
     },
+    /// One is for each connection, and the service has to be for all of them.
+    #[error(
+        "systemd passed {name:?}, which is a connection and no listening socket: set Accept=no in the .socket unit, and name \
+         the service without '@' in its Service="
+    )]
+    Connection {
+        /// What it is called.
+        name: String,
+    },
 }
 
 impl Inherited {
@@ -52,7 +61,11 @@ impl Inherited {
             return Ok(Inherited::default());
         }
         let fds = take_passed_fds(names.len()).map_err(|source| InheritError::Fds { count: names.len(), source })?;
-        Ok(Inherited::from_fds(names.into_iter().zip(fds)))
+        let passed: Vec<_> = names.into_iter().zip(fds).collect();
+        if let Some((name, _)) = passed.iter().find(|(_, fd)| SockRef::from(fd).peer_addr().is_ok()) {
+            return Err(InheritError::Connection { name: name.clone() });
+        }
+        Ok(Inherited::from_fds(passed))
     }
 
     /// The same from fds that are held. What is no socket that can be listened on is let go.

@@ -23,8 +23,10 @@
 //! | [`status`], [`counting`] | the state for people and programs; connections |
 //! | [`store`] | fds and state that generations leave for the next |
 //! | [`recorded`], [`takeover`] | going on after a supervisor that was killed |
-//! | [`signals`], [`instance`], [`upward`] | signals; one supervisor a name; a supervisor above |
+//! | [`signals`], [`instance`] | signals; one supervisor a name |
+//! | [`upward`], [`above`] | what a supervisor above is told, and the way to it |
 
+pub mod above;
 mod adopting;
 mod canary;
 mod caught;

@@ -8,10 +8,12 @@ use std::time::{Instant, SystemTime};
 use nix::sys::signal::Signal;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
+use super::above::Barrier;
 use super::adopting::Adopted;
 use super::canary::Canaries;
 use super::counting::Counting;
 use super::driver::{Driver, Input};
+use super::ending::describe;
 use super::instance::{Lock, LockError, PidFile};
 use super::reports::Reports;
 use super::signals::{Signals, Wish};
@@ -113,6 +115,20 @@ pub struct Ended {
     pub reason: Option<String>,
 }
 
+impl Ended {
+    /// For people.
+    #[must_use]
+    pub fn in_words(&self) -> String {
+        let reason = self.reason.as_deref().unwrap_or("the log says why");
+        match self.finish {
+            Finish::Stopped => "stopped".to_owned(),
+            Finish::StartFailed(_) => format!("the first version never became ready: {reason}"),
+            Finish::RestartLimit => format!("lost too often, restart limit reached: {reason}"),
+            Finish::ServiceEnded(end) => format!("{} and is not started again (--restart)", describe(end)),
+        }
+    }
+}
+
 /// Supervises a service to its end. `signals::block` was called before any thread was made.
 ///
 /// # Errors
@@ -168,9 +184,14 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
             () = until(driver.due()) => driver.tick(),
         }
     };
-    let ended = driver.end(finish);
+    let (ended, heard) = driver.end(finish);
     drop(over);
     let _cannot_panic = control.await;
+    if let Some(heard) = heard {
+        if let Err(error) = heard.passed().await {
+            tracing::debug!("the supervisor above has not heard the last words: {error}");
+        }
+    }
     Ok(ended)
 }
 
@@ -317,13 +338,15 @@ impl Driver {
         }
     }
 
-    /// Everything is gone: closes the listeners.
-    fn end(mut self, finish: Finish) -> Ended {
+    /// Everything is gone: closes the listeners. The barrier is for what was said upwards.
+    fn end(mut self, finish: Finish) -> (Ended, Option<Barrier>) {
         let _never_written = std::fs::remove_file(&self.state_file);
         self.tell_of_unserved();
         self.adopted.locals.remove_all();
         drop(self.listeners);
-        Ended { finish, reason: self.last_failure }
+        let ended = Ended { finish, reason: self.last_failure };
+        let heard = self.upward.ended(&ended.in_words());
+        (ended, heard)
     }
 }
 

@@ -1,23 +1,23 @@
 //! What is said to a supervisor above this one, by `sd_notify(3)`. Nothing where there is none.
 //!
 //! ```text
-//! first generation ready      READY=1, MAINPID=
+//! first generation ready      READY=1, MAINPID= (which stays the same)
 //! an upgrade begins           RELOADING=1, MONOTONIC_USEC=
 //! it is over, well or not     READY=1, and STATUS= says which
 //! stopping                    STOPPING=1
 //! while any of these lasts    EXTEND_TIMEOUT_USEC=, again and again
 //! the loop turns              WATCHDOG=1 at half of WATCHDOG_USEC
+//! the end                     STATUS=, BARRIER=1: until they are heard
 //! ```
 
+use std::cell::Cell;
 use std::ffi::OsString;
-use std::io;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use nix::time::{clock_gettime, ClockId};
 
+use super::above::{self, Above, Barrier};
 use crate::core::UpgradeId;
 
 /// How long the one above is asked to wait on, each time …
@@ -28,13 +28,14 @@ const EXTEND_EVERY: Duration = Duration::from_secs(10);
 /// Characters of a reason in STATUS=.
 const LONGEST_REASON: usize = 500;
 
-/// One above that does not read holds the loop up no longer than this.
-const PATIENCE: Duration = Duration::from_secs(1);
-
 /// The one above, if `NOTIFY_SOCKET` named one.
 #[derive(Debug, Default)]
 pub struct Upward {
-    place: Option<OsString>,
+    above: Option<Above>,
+    /// Its address, for the log.
+    place: String,
+    /// Whether it was said that it hears nothing.
+    warned: Cell<bool>,
     ready: bool,
     stopping: bool,
     reloading: Option<UpgradeId>,
@@ -57,20 +58,34 @@ impl Upward {
         Upward::new(std::env::var_os("NOTIFY_SOCKET"), watchdog, now)
     }
 
-    /// At a path, or at an abstract name after `@`; `watchdog`: how often it wants a sign of life.
+    /// At a path, at an abstract name after `@`, or at `vsock:CID:PORT`; `watchdog`: how often it wants a sign of life.
     #[must_use]
     pub fn new(place: Option<OsString>, watchdog: Option<Duration>, now: Instant) -> Upward {
-        let there = place.is_some();
-        let feed_every = watchdog.filter(|_| there).map(|every| every / 2);
-        let at_once = Some(now).filter(|_| there);
-        Upward { place, feed_every, feed_due: feed_every.and(at_once), extend_due: at_once, ..Upward::default() }
+        let place = place.filter(|place| !place.is_empty());
+        let name = place.as_ref().map(|place| place.to_string_lossy().into_owned()).unwrap_or_default();
+        let mut upward = Upward { place: name, ..Upward::default() };
+        match place.as_deref().map(Above::new).transpose() {
+            Ok(above) => upward.above = above,
+            Err(error) => upward.warn(&error),
+        }
+        if upward.above.is_some() {
+            upward.feed_every = watchdog.map(|every| every / 2);
+            upward.feed_due = upward.feed_every.and(Some(now));
+            upward.extend_due = Some(now);
+        }
+        upward
     }
 
     /// A generation serves: the first one, said once.
     pub fn ready(&mut self, now: Instant) {
         if !self.ready {
             self.ready = true;
-            self.settled(now);
+            // As PID 1 of a namespace of its own, zddsup has another pid for the one above.
+            match std::process::id() {
+                1 => self.say("READY=1"),
+                pid => self.say(&format!("READY=1\nMAINPID={pid}")),
+            }
+            self.extend_due = self.extend_due.map(|_| now);
         }
     }
 
@@ -94,7 +109,8 @@ impl Upward {
         }
         if self.reloading == Some(upgrade) {
             self.reloading = None;
-            self.settled(now);
+            self.say("READY=1");
+            self.extend_due = self.extend_due.map(|_| now);
         }
     }
 
@@ -143,37 +159,31 @@ impl Upward {
         !self.ready || self.stopping || self.reloading.is_some()
     }
 
-    fn settled(&mut self, now: Instant) {
-        if self.stopping {
-            return;
-        }
-        let pid = std::process::id();
-        // As PID 1 of a namespace of its own, zddsup has another pid for the one above.
-        let main = if pid == 1 { String::new() } else { format!("\nMAINPID={pid}") };
-        self.say(&format!("READY=1{main}"));
-        self.extend_due = self.extend_due.map(|_| now);
-    }
-
     fn extend(&mut self, now: Instant) -> String {
         self.extend_due = self.extend_due.map(|_| now + EXTEND_EVERY);
         format!("EXTEND_TIMEOUT_USEC={}", EXTEND_BY.as_micros())
     }
 
+    /// The last words. They are heard, and all before them, when the barrier is passed.
+    pub fn ended(&mut self, line: &str) -> Option<Barrier> {
+        self.failed = None;
+        self.status(line);
+        self.above.as_ref()?.barrier().map_err(|error| self.warn(&error)).ok()
+    }
+
     fn say(&self, state: &str) {
-        if let Err(error) = self.send(state) {
-            tracing::debug!("cannot notify: {error}");
+        // One that did not hear before does not hold the loop up again.
+        let patient = !self.warned.get();
+        if let Some(Err(error)) = self.above.as_ref().map(|above| above.say(state, patient)) {
+            self.warn(&error);
         }
     }
 
-    fn send(&self, state: &str) -> io::Result<()> {
-        let Some(place) = &self.place else { return Ok(()) };
-        let address = match place.as_bytes().strip_prefix(b"@") {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(place)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        socket.send_to_addr(state.as_bytes(), &address).map(drop)
+    /// Once: what follows fails in the same way.
+    fn warn(&self, error: &dyn fmt::Display) {
+        if !self.warned.replace(true) {
+            tracing::warn!("{}", above::cannot(&self.place, error));
+        }
     }
 }
 
@@ -185,6 +195,8 @@ fn monotonic_usec() -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
 
     /// One above, and what it has heard since it was asked last.
     struct Above {
@@ -238,7 +250,8 @@ mod tests {
         let [ready, reloading, again, status] = &heard[..] else { panic!("{heard:?}") };
         let usec = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().lines().next().unwrap();
         assert!(usec.parse::<u128>().unwrap() >= before, "{reloading}");
-        assert_eq!(ready, again);
+        assert!(ready.starts_with("READY=1\nMAINPID="), "{ready}");
+        assert_eq!(again, "READY=1");
         assert_eq!(status, "STATUS=generation 1 serves; upgrade 2 failed: it exited");
     }
 
@@ -279,6 +292,30 @@ mod tests {
         assert_eq!(upward.due(), None);
         upward.stopping(Instant::now());
         assert_eq!(upward.due(), None);
+    }
+
+    #[test]
+    fn what_is_no_address_is_nobody() {
+        for place in ["", "run/notify", "vsock:1"] {
+            let mut upward = Upward::new(Some(place.into()), Some(Duration::from_secs(1)), Instant::now());
+            upward.ready(Instant::now());
+            assert!(upward.due().is_none() && upward.ended("stopped").is_none(), "{place}");
+            assert_eq!(upward.warned.get(), !place.is_empty());
+        }
+    }
+
+    /// More than `net.unix.max_dgram_qlen` is anywhere: 10, or 512 under systemd.
+    #[test]
+    fn one_that_does_not_read_is_waited_for_once() {
+        let (above, mut upward) = Above::new(None);
+        for number in 0..1000 {
+            upward.status(&number.to_string());
+            assert!(above.begin.elapsed() < Duration::from_secs(30), "{number}");
+        }
+        assert!(upward.warned.get());
+        assert_eq!(above.heard()[..2], ["STATUS=0", "STATUS=1"]);
+        upward.status("heard again");
+        assert_eq!(above.heard(), ["STATUS=heard again"]);
     }
 
     #[test]

@@ -298,12 +298,11 @@ impl Supervisor {
 impl Drop for Supervisor {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            let quit = Pid::from_raw(self.pid());
-            for _ in 0..2 {
-                let _gone = kill(quit, Signal::SIGQUIT);
-            }
             let deadline = Instant::now() + Duration::from_secs(5);
             while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                // Twice means SIGKILL for all that it started. A signal that is sent again before the first one was read is
+                // lost (signal(7)), so it is sent again and again.
+                let _gone = kill(Pid::from_raw(self.pid()), Signal::SIGQUIT);
                 std::thread::sleep(Duration::from_millis(5));
             }
             let _gone = self.child.kill();

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::common::{example, puppet, request, Setup, Supervisor, PATIENCE};
+use crate::common::{example, processes_with, puppet, request, Setup, Supervisor, PATIENCE};
 use crate::seen::{environ, fds, inherited_fds};
 use crate::stage::Stage;
 
@@ -247,6 +247,11 @@ fn a_generations_own_backlog_does_not_stay() {
     let within = Duration::from_secs(20);
     let waiting: Vec<_> = (0..20).map(|_| TcpStream::connect_timeout(&address, within).unwrap()).collect();
     assert_eq!(waiting.len(), 20);
+    // Nor does a process that hangs stay behind the test.
+    let dir = stage.dir.path().display().to_string();
+    assert_eq!(processes_with(&dir).len(), 2);
+    drop(stage);
+    assert_eq!(processes_with(&dir), [0; 0]);
 }
 
 #[test]

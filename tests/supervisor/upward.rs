@@ -1,12 +1,14 @@
 //! What a supervisor above this one hears: a `NOTIFY_SOCKET` of the test's own.
 
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
+use zddsup::sys::scm;
 
-use crate::common::{puppet, Setup, Supervisor, PATIENCE};
+use crate::common::{puppet, wait_for, Setup, Supervisor, PATIENCE};
 
 /// The one above, and a supervised puppet that does what its script says.
 struct Above {
@@ -87,6 +89,8 @@ fn an_upgrade_is_a_reload_and_ends_with_ready() {
     let begin = above.until("RELOADING=1\nMONOTONIC_USEC=");
     assert!(begin.last().unwrap().contains("\nEXTEND_TIMEOUT_USEC="), "{begin:?}");
     let end = above.until("READY=1");
+    // The process is told once: it stays the same.
+    assert_eq!(end.last().unwrap(), "READY=1");
     assert_eq!(states(&end), ["READY"]);
     assert!(above.until("STATUS=generation 2 serves").iter().all(|message| !message.contains("failed")));
     assert_eq!(above.supervisor.status().serving.unwrap().0, 2);
@@ -125,7 +129,77 @@ fn stopping_is_told_and_a_long_drain_extended() {
     above.supervisor.signal(Signal::SIGTERM);
     let stopping = above.until("STOPPING=1").pop().unwrap();
     assert!(stopping.contains("\nEXTEND_TIMEOUT_USEC="), "{stopping}");
+    let end = above.until("BARRIER=1");
+    assert_eq!(end[end.len() - 2..], ["STATUS=stopped", "BARRIER=1"]);
     assert!(above.supervisor.wait().success());
+}
+
+#[test]
+fn the_end_waits_until_the_last_words_are_heard() {
+    let mut above = Above::start("--version 1", &[], &[]);
+    above.until("READY=1");
+    above.supervisor.signal(Signal::SIGTERM);
+    let barrier = loop {
+        let mut buffer = [0; 8192];
+        match scm::receive(above.socket.as_fd(), &mut buffer).unwrap() {
+            Some(mut message) if message.len == 9 && buffer.starts_with(b"BARRIER=1") => break message.fds.pop(),
+            Some(message) => assert_eq!(message.fds.len(), 0),
+            None => std::thread::sleep(std::time::Duration::from_millis(5)),
+        }
+    };
+    let barrier = barrier.expect("an fd that is to be closed");
+    // Everything else is over by then.
+    wait_for("its control socket is gone", || !above.supervisor.control().exists());
+    let runs = || std::path::Path::new(&format!("/proc/{}/exe", above.supervisor.pid())).exists();
+    assert!(runs());
+    drop(barrier);
+    assert!(above.supervisor.wait().success());
+}
+
+#[test]
+fn one_above_that_hears_nothing_holds_up_the_end_for_a_while() {
+    let mut above = Above::start("--version 1", &[], &[]);
+    above.until("READY=1");
+    above.supervisor.signal(Signal::SIGTERM);
+    assert!(above.supervisor.wait().success());
+    let end = above.until("BARRIER=1");
+    assert!(end.contains(&"STATUS=stopped".to_owned()), "{end:?}");
+}
+
+#[test]
+fn a_service_that_never_starts_says_why() {
+    let mut above = Above::start("--exit-before-ready 3", &[], &[]);
+    let end = above.until("BARRIER=1");
+    let last = &end[end.len() - 2];
+    assert!(last.starts_with("STATUS=the first version never became ready: generation 1 exited"), "{end:?}");
+    assert_eq!(states(&end), ["STOPPING", "BARRIER"]);
+}
+
+/// It serves and upgrades as if nobody were to be told, and warns once.
+fn nobody_hears(place: &str, why: &str) {
+    let mut setup = Setup::new(["--listen", "127.0.0.1:0", "--", &puppet(), "--version", "1"]);
+    setup.command().env("NOTIFY_SOCKET", place).env("WATCHDOG_USEC", "500000");
+    let mut supervisor = setup.start();
+    let log = supervisor.wait_for_log("NOTIFY_SOCKET=");
+    assert!(log.contains(why), "{log}");
+    supervisor.upgrade();
+    assert!(crate::common::request(supervisor.address(), "/").contains("version=1 "));
+    supervisor.signal(Signal::SIGTERM);
+    assert!(supervisor.wait().success());
+    assert_eq!(supervisor.log().matches("NOTIFY_SOCKET=").count(), 1, "{}", supervisor.log());
+}
+
+#[test]
+fn an_address_that_is_none_is_told_once() {
+    nobody_hears("run/notify", "none of /PATH, @NAME and vsock:CID:PORT");
+    nobody_hears("vsock::9", "has to be vsock:CID:PORT");
+}
+
+#[test]
+fn a_socket_that_nobody_has_is_told_once() {
+    nobody_hears("/nowhere/notify", "No such file or directory");
+    // Which error it is, is the kernel's to say.
+    nobody_hears("vsock-stream:0:9", "NOTIFY_SOCKET=vsock-stream:0:9: ");
 }
 
 #[test]

@@ -2,6 +2,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod hardening;
+mod newer;
+mod protocol;
+mod sockets;
 mod stage;
 
 use common::real::installed;

@@ -2,6 +2,7 @@
 //! processes, and dies with the test.
 
 use std::fs;
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,23 +14,43 @@ use crate::common::load::{Config, Load, Target};
 use crate::common::real::{installed, skipped};
 use crate::common::{wait_for, PATIENCE, ZDDSUP};
 
-/// What comes before systemd. $1: the test's directory, $2: that of the programs under test, $3: a cgroup's name.
-/// /tmp is hidden last, as both may lie in it: systemd would empty it.
+/// The tree of another Debian with a newer systemd: `debootstrap --variant=minbase --include=systemd,iproute2 trixie DIR`.
+const NEWER: &str = "ZDDSUP_TEST_SYSTEMD_ROOT";
+
+/// What comes before systemd. $1: the test's directory, $2: that of the programs under test, $3: a cgroup's name, $4: the tree
+/// that it runs in, if not the machine's; what is written there is gone with the test.
+/// /tmp is hidden last, as all of them may lie in it: systemd would empty it.
 const BOOT: &str = r#"
 set -e
 mount --make-rprivate /
-mount -t tmpfs none /run
-mkdir -p /run/systemd/system /run/stage /run/target
-mount --bind "$1" /run/stage
-mount --bind "$2" /run/target
-cp -r "$1"/units/. /run/systemd/system/
-mount -t tmpfs none /tmp
-mount -t cgroup2 none /sys/fs/cgroup
-own=/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)/$3
+root=
+if [ -n "$4" ]; then
+    mkdir "$1/tree"
+    mount -t tmpfs none "$1/tree"
+    root=$1/tree/root
+    mkdir "$root" "$1/tree/upper" "$1/tree/work"
+    mount -t overlay -o "lowerdir=$4,upperdir=$1/tree/upper,workdir=$1/tree/work" none "$root"
+    for one in dev proc sys; do mount --rbind "/$one" "$root/$one"; done
+fi
+mount -t tmpfs none "$root/run"
+mkdir -p "$root/run/systemd/system" "$root/run/stage" "$root/run/target"
+mount --bind "$1" "$root/run/stage"
+mount --bind "$2" "$root/run/target"
+cp -r "$1"/units/. "$root/run/systemd/system/"
+touch "$1/console"
+mount -t cgroup2 none "$root/sys/fs/cgroup"
+own=$root/sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)/$3
 mkdir "$own"
 echo $$ > "$own/cgroup.procs"
-touch /run/stage/console
-mount --bind /run/stage/console /dev/console
+mount --bind "$1/console" "$root/dev/console"
+if [ -n "$root" ]; then
+    cd "$root"
+    pivot_root . mnt
+    cd /
+    umount -l /mnt
+else
+    mount -t tmpfs none /tmp
+fi
 exec unshare --pid --fork --kill-child --mount-proc --uts --ipc --cgroup --net sh -ec '
     umount /sys/fs/cgroup
     mount -t cgroup2 none /sys/fs/cgroup
@@ -60,6 +81,16 @@ impl Systemd {
     /// printed.
     #[must_use]
     pub fn boot(units: &[(&str, String)]) -> Option<Systemd> {
+        Systemd::boot_in("", units)
+    }
+
+    /// The same with a newer systemd, 253 or later.
+    #[must_use]
+    pub fn boot_newer(units: &[(&str, String)]) -> Option<Systemd> {
+        Systemd::boot_in(&newer()?, units)
+    }
+
+    fn boot_in(root: &str, units: &[(&str, String)]) -> Option<Systemd> {
         if !geteuid().is_root() {
             skipped("only root may make the namespaces for systemd");
             return None;
@@ -82,7 +113,7 @@ impl Systemd {
         // It dies with this thread: what is left of it with it, as it is PID 1 there.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", BOOT, "boot"]);
-        command.arg(dir.path()).arg(Path::new(ZDDSUP).parent().unwrap()).arg(&cgroup);
+        command.arg(dir.path()).arg(Path::new(ZDDSUP).parent().unwrap()).args([&cgroup, root]);
         let errors = fs::File::create(dir.path().join("boot")).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn().unwrap();
         let mut systemd = Systemd { child, init: 0, dir, cgroup };
@@ -144,16 +175,26 @@ impl Systemd {
         String::from_utf8(output).unwrap().trim().to_owned()
     }
 
+    /// In its network. Threads that are made there inherit it.
+    fn within<T: Send + 'static>(&self, what: impl FnOnce() -> T + Send + 'static) -> T {
+        let network = fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
+        let thread = std::thread::spawn(move || {
+            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+            what()
+        });
+        thread.join().unwrap()
+    }
+
+    /// A connection to a port inside, on which nothing is asked.
+    pub fn connect(&self, port: u16) {
+        self.within(move || drop(TcpStream::connect(("127.0.0.1", port)).unwrap()));
+    }
+
     /// Requests to a port inside.
     #[must_use]
     pub fn load(&self, port: u16) -> Load {
-        let network = fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
-        // Threads inherit it from the one that makes them; this one is gone then.
-        let begin = std::thread::spawn(move || {
-            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
-            Load::start(Config { workers: 2, ..Config::new(Target::Tcp(([127, 0, 0, 1], port).into())) })
-        });
-        let load = begin.join().unwrap();
+        let target = Target::Tcp(([127, 0, 0, 1], port).into());
+        let load = self.within(move || Load::start(Config { workers: 2, ..Config::new(target) }));
         assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), self.log());
         load
     }
@@ -171,6 +212,18 @@ impl Systemd {
         let read = |name| fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
         ["boot", "console", "log"].map(read).concat()
     }
+}
+
+/// The tree with a newer systemd. None where there is none, with the reason printed.
+#[must_use]
+pub fn newer() -> Option<String> {
+    let root = std::env::var(NEWER).unwrap_or_default();
+    if root.is_empty() {
+        skipped(&format!("{NEWER} names no tree with a newer systemd"));
+        return None;
+    }
+    assert!(Path::new(&root).join("lib/systemd/systemd").exists(), "{NEWER}={root}: no systemd is there");
+    Some(root)
 }
 
 impl Drop for Systemd {
