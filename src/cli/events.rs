@@ -43,6 +43,7 @@ fn in_words(event: &Event) -> String {
         Event::Upgrade(report) => upgrade(report),
         Event::Generation(generation) => self::generation(generation),
         Event::Service { phase } => format!("service {phase}"),
+        Event::Replacing => "the supervisor's program is being replaced".to_owned(),
         Event::Lagged { missed } => format!("{} left out: too slow a reader", text::count(*missed, "event")),
     }
 }

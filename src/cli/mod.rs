@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`ask`] | `upgrade`, `promote`, `abort`, `rollback`, `restart` ask for a transaction … |
 //! | [`wait`], [`verdict`], [`progress`] | … follow it, say how it ended, show how far it is |
-//! | [`status`], [`events`], [`stop`] | the other clients of the control socket |
+//! | [`status`], [`events`], [`stop`], [`self_upgrade`] | the other clients of the control socket |
 //! | [`check`] | looks at what `run` would do |
 //! | [`doctor`] | looks at what this machine lets zddsup do |
 //! | [`completions`], [`man`], [`mod@unit`] | for shells, manuals, systemd |
@@ -21,6 +21,7 @@ pub mod log;
 pub mod man;
 pub mod progress;
 pub mod run;
+pub mod self_upgrade;
 pub mod status;
 pub mod stop;
 pub mod target;
@@ -124,6 +125,11 @@ pub enum Command {
     Rollback(ask::Flags),
     /// Put a new process of the same version in the place of the one that serves
     Restart(ask::Flags),
+    /// Put a new zddsup in the place of the one that supervises, without touching the service
+    ///
+    /// The program is looked up anew where it was found, and tried first: one that cannot go on changes nothing. Pid, listeners,
+    /// generations, and upgrades, bakes, canaries and drains that are under way go on.
+    SelfUpgrade(self_upgrade::Flags),
     /// Stop the service and its supervisor, once connections have been finished
     Stop(stop::Flags),
     /// Print what happens, as it happens
@@ -172,6 +178,7 @@ fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Abort(flags) => ask::abort(&flags),
         Command::Rollback(flags) => ask::rollback(&flags),
         Command::Restart(flags) => ask::restart(&flags),
+        Command::SelfUpgrade(flags) => self_upgrade::run(&flags),
         Command::Stop(flags) => stop::run(&flags),
         Command::Events(flags) => events::run(&flags),
         Command::Unit(flags) => unit::run(*flags),

@@ -58,7 +58,7 @@ async fn stop(client: &Client, flags: &Flags, progress: &mut Progress) -> Result
         match client.command(Command::Stop { quick: flags.quick }).await? {
             Reply::Stopping => Ok((events, process)),
             Reply::Refused(refusal) => Err(Failure::Refused(refusal)),
-            Reply::Accepted { .. } | Reply::Status(_) => {
+            Reply::Accepted { .. } | Reply::Status(_) | Reply::Replacing => {
                 let why = "it answered something else than was asked".to_owned();
                 Err(ClientError::Strange { path: client.path().to_owned(), why }.into())
             }
@@ -103,7 +103,7 @@ impl Living {
                 self.generations.insert(generation.number, generation);
             }
             Event::Service { phase } => self.lame_duck = phase == ServicePhase::LameDuck,
-            Event::Upgrade(_) | Event::Lagged { .. } => {}
+            Event::Upgrade(_) | Event::Lagged { .. } | Event::Replacing => {}
         }
         self.generations.retain(|_, generation| generation.phase != GenerationPhase::Retired);
     }

@@ -128,7 +128,7 @@ pub async fn request(
     let upgrade = match reply {
         Reply::Accepted { upgrade } => upgrade,
         Reply::Refused(refusal) => return Err(Failure::Refused(refusal)),
-        Reply::Status(_) | Reply::Stopping => {
+        Reply::Status(_) | Reply::Stopping | Reply::Replacing => {
             let why = "it answered something else than was asked".to_owned();
             return Err(ClientError::Strange { path: client.path().to_owned(), why }.into());
         }
@@ -212,7 +212,7 @@ impl Follower {
             Event::Generation(generation) => {
                 self.generations.insert(generation.number, generation);
             }
-            Event::Service { .. } | Event::Lagged { .. } => {}
+            Event::Service { .. } | Event::Lagged { .. } | Event::Replacing => {}
         }
     }
 

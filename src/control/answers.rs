@@ -17,7 +17,7 @@ use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, oneshot, watch, OwnedSemaphorePermit, Semaphore};
 
 use super::server::Limits;
-use super::types::{self, Accepted, Command, Event, Handle, Refusal, Reply, Status, Stopping};
+use super::types::{self, Accepted, Command, Event, Handle, Refusal, Replacing, Reply, Status, Stopping};
 use super::{metrics, sse};
 use crate::config::canary::CanaryFlags;
 
@@ -72,13 +72,18 @@ impl Answers {
     }
 
     async fn ask(&self, command: Command) -> Result<Reply, Box<Response<Body>>> {
+        let patience = match command {
+            // The other program is tried first.
+            Command::SelfUpgrade => self.limits.trial,
+            _ => self.limits.answer,
+        };
         let (reply, answer) = oneshot::channel();
         let asked = async {
             self.handle.commands.send(types::Request { command, reply }).await.ok()?;
             answer.await.ok()
         };
         let unavailable = |reason, remedy| Box::new(refuse(StatusCode::SERVICE_UNAVAILABLE, reason, remedy));
-        match tokio::time::timeout(self.limits.answer, asked).await {
+        match tokio::time::timeout(patience, asked).await {
             Ok(Some(reply)) => Ok(reply),
             Ok(None) => Err(unavailable("the supervisor is about to end", "start it again with `zddsup run`")),
             Err(_) => Err(unavailable("the supervisor is busy and did not answer in time", "ask again; see its log")),
@@ -88,7 +93,9 @@ impl Answers {
     async fn status(&self) -> Result<Box<Status>, Box<Response<Body>>> {
         match self.ask(Command::Status).await? {
             Reply::Status(status) => Ok(status),
-            other @ (Reply::Accepted { .. } | Reply::Stopping | Reply::Refused(_)) => Err(Box::new(reply(other))),
+            other @ (Reply::Accepted { .. } | Reply::Stopping | Reply::Replacing | Reply::Refused(_)) => {
+                Err(Box::new(reply(other)))
+            }
         }
     }
 
@@ -166,12 +173,13 @@ fn wanted(method: &Method, path: &str, query: Option<&str>) -> Result<Wanted, Bo
             "/v1/restart" => (Method::POST, Wanted::Command(Command::Restart)),
             "/v1/promote" => (Method::POST, Wanted::Command(Command::Promote)),
             "/v1/abort" => (Method::POST, Wanted::Command(Command::Abort)),
+            "/v1/self-upgrade" => (Method::POST, Wanted::Command(Command::SelfUpgrade)),
             "/v1/stop" => (Method::POST, Wanted::Command(Command::Stop { quick: false })),
             _ => return Err(Box::new(refuse(
                 StatusCode::NOT_FOUND,
                 "there is no such path",
                 "GET /v1/status, /v1/events or /v1/metrics; POST /v1/upgrade, /v1/promote, /v1/abort, /v1/rollback, \
-                 /v1/restart or /v1/stop",
+                 /v1/restart, /v1/self-upgrade or /v1/stop",
             ))),
         };
     if method != takes {
@@ -234,6 +242,7 @@ fn reply(reply: Reply) -> Response<Body> {
         Reply::Status(status) => json(StatusCode::OK, &status),
         Reply::Accepted { upgrade } => json(StatusCode::ACCEPTED, &Accepted { upgrade }),
         Reply::Stopping => json(StatusCode::ACCEPTED, &Stopping { stopping: true }),
+        Reply::Replacing => json(StatusCode::ACCEPTED, &Replacing { replacing: true }),
         Reply::Refused(refusal) => json(StatusCode::CONFLICT, &refusal),
     }
 }

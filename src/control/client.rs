@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::sse::{Decoder, SseError};
-use super::types::{Accepted, Command, Event, Refusal, Reply, Status, Stopping};
+use super::types::{Accepted, Command, Event, Refusal, Replacing, Reply, Status, Stopping};
 use crate::config::canary::CanaryFlags;
 
 /// No answer but the stream of events is longer.
@@ -118,6 +118,7 @@ impl Client {
             Command::Abort => "/v1/abort".to_owned(),
             Command::Rollback => "/v1/rollback".to_owned(),
             Command::Restart => "/v1/restart".to_owned(),
+            Command::SelfUpgrade => "/v1/self-upgrade".to_owned(),
             Command::Stop { quick: false } => "/v1/stop".to_owned(),
             Command::Stop { quick: true } => "/v1/stop?quick=true".to_owned(),
         };
@@ -127,6 +128,7 @@ impl Client {
         }
         match command {
             Command::Stop { .. } => answer.read(StatusCode::ACCEPTED).map(|Stopping { .. }| Reply::Stopping),
+            Command::SelfUpgrade => answer.read(StatusCode::ACCEPTED).map(|Replacing { .. }| Reply::Replacing),
             _ => answer.read(StatusCode::ACCEPTED).map(|Accepted { upgrade }| Reply::Accepted { upgrade }),
         }
     }
@@ -138,7 +140,13 @@ impl Client {
             if response.status() != StatusCode::OK {
                 return Err(Answer::collect(self, response).await?.denied());
             }
-            Ok(Events { client: self.clone(), body: response.into_body(), decoder: Decoder::default(), peer })
+            Ok(Events {
+                client: self.clone(),
+                body: response.into_body(),
+                decoder: Decoder::default(),
+                peer,
+                replaced: false,
+            })
         };
         self.patiently(following).await
     }
@@ -241,15 +249,27 @@ pub struct Events {
     body: Incoming,
     decoder: Decoder,
     peer: Option<i32>,
+    /// It is to be followed again.
+    replaced: bool,
 }
 
 impl Events {
-    /// The next one; none when the supervisor is gone. Nothing is lost when this is dropped before it is done.
+    /// The next one; none when the supervisor is gone. Where its program is replaced, it is followed on, and the next one is
+    /// the status. Nothing is lost when this is dropped before it is done.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         loop {
             let strange = |error: SseError| self.client.strange(error.to_string());
-            if let Some(event) = self.decoder.event().map_err(strange)? {
-                return Ok(Some(event));
+            match self.decoder.event().map_err(strange)? {
+                Some(Event::Replacing) => {
+                    self.replaced = true;
+                    continue;
+                }
+                Some(event) => return Ok(Some(event)),
+                None => {}
+            }
+            if self.replaced {
+                *self = self.client.events().await?;
+                continue;
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => {

@@ -19,7 +19,12 @@ use crate::core::GenerationId;
 pub fn status() -> Status {
     Status {
         service: "web".to_owned(),
-        supervisor: Supervisor { pid: 4711, version: "0.1.0".to_owned(), started_unix_ms: 1_700_000_000_500 },
+        supervisor: Supervisor {
+            pid: 4711,
+            version: "0.1.0".to_owned(),
+            started_unix_ms: 1_700_000_000_500,
+            replaced: 0,
+        },
         phase: ServicePhase::Serving,
         serving: Some(GenerationId(3)),
         generations: vec![generation(3, GenerationPhase::Serving), generation(2, GenerationPhase::Retired)],

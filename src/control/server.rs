@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::future::Future;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -42,6 +43,8 @@ pub struct Limits {
     pub patience: Duration,
     /// Time for the supervisor to answer.
     pub answer: Duration,
+    /// The same where it tries another program first.
+    pub trial: Duration,
 }
 
 impl Default for Limits {
@@ -53,6 +56,7 @@ impl Default for Limits {
             time: Duration::from_secs(10),
             patience: Duration::from_millis(100),
             answer: Duration::from_secs(5),
+            trial: Duration::from_secs(9),
         }
     }
 }
@@ -92,6 +96,15 @@ pub struct Server {
     listener: UnixListener,
     file: SocketFile,
     limits: Limits,
+}
+
+/// How it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// For good.
+    Leave,
+    /// Another one goes on with the socket.
+    HandOver,
 }
 
 /// The socket's file, removed at the end if it is still ours.
@@ -140,6 +153,24 @@ impl Server {
         Ok(Server { listener: socket.into(), file, limits: Limits::default() })
     }
 
+    /// Goes on with that of the program in whose place this one is.
+    pub fn resume(listener: OwnedFd, path: PathBuf) -> Result<Server, BindError> {
+        match fs::symlink_metadata(&path) {
+            Ok(found) => {
+                let file = SocketFile { identity: (found.dev(), found.ino()), path };
+                Ok(Server { listener: listener.into(), file, limits: Limits::default() })
+            }
+            // Somebody removed it.
+            Err(_) => Server::bind(&path),
+        }
+    }
+
+    /// Its socket, to be kept for the program that takes this one's place.
+    #[must_use]
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
     /// With other limits.
     #[must_use]
     pub fn limited(mut self, limits: Limits) -> Server {
@@ -155,12 +186,17 @@ impl Server {
 
     /// Answers until `end`, and then for as long as it takes to say the last, but no longer than a second.
     /// Streams of events end with the last event that was sent before `end`. Dropped, it ends at once.
-    pub async fn serve(self, handle: Handle, end: impl Future<Output = ()>) {
-        let listener = match tokio::net::UnixListener::from_std(self.listener) {
+    /// With [`End::HandOver`] whoever connects meanwhile waits, and the server is given back.
+    pub async fn serve(self, handle: Handle, end: impl Future<Output = End>) -> Option<Server> {
+        let listener = self.listener.try_clone().and_then(tokio::net::UnixListener::from_std);
+        let listener = match listener {
             Ok(listener) => listener,
             Err(error) => {
                 tracing::error!("cannot serve the control socket: {error}; status and upgrade by SIGHUP still work");
-                return end.await;
+                return match end.await {
+                    End::Leave => None,
+                    End::HandOver => Some(self),
+                };
             }
         };
         let (ending, ended) = watch::channel(false);
@@ -168,10 +204,10 @@ impl Server {
         let mut seats = Seats { most: self.limits.connections, patience: self.limits.patience, taken: Vec::new() };
         let mut connections = JoinSet::new();
         let mut end = std::pin::pin!(end);
-        loop {
+        let how = loop {
             let room = seats.room();
             tokio::select! {
-                () = &mut end => break,
+                how = &mut end => break how,
                 Some(_) = connections.join_next() => seats.leave(),
                 accepted = accept(&listener, room) => match accepted {
                     Ok(stream) => {
@@ -189,13 +225,17 @@ impl Server {
                     }
                 }
             }
-        }
+        };
         drop(listener);
-        drop(self.file);
+        let server = match how {
+            End::Leave => None,
+            End::HandOver => Some(self),
+        };
         drop(answers);
         let _nobody_follows = ending.send(true);
         let all = async { while connections.join_next().await.is_some() {} };
         let _cut_off = tokio::time::timeout(Duration::from_secs(1), all).await;
+        server
     }
 }
 

@@ -13,6 +13,7 @@ pub fn encode(event: &Event) -> String {
         Event::Upgrade(_) => "upgrade",
         Event::Generation(_) => "generation",
         Event::Service { .. } => "service",
+        Event::Replacing => "replacing",
         Event::Lagged { .. } => "lagged",
     };
     // JSON has no line ends of its own, so it is one data line.

@@ -46,6 +46,9 @@ pub struct Supervisor {
     pub version: String,
     /// When it was started, in milliseconds since 1970.
     pub started_unix_ms: u64,
+    /// How often its program was replaced (`zddsup self-upgrade`).
+    #[serde(default)]
+    pub replaced: u64,
 }
 
 /// What a service is doing.
@@ -332,6 +335,8 @@ pub enum Event {
         /// What it is doing now.
         phase: ServicePhase,
     },
+    /// The supervisor's program is being replaced, and the stream ends: to be followed again on the same socket.
+    Replacing,
     /// The reader was too slow: so many were left out. Made by the server.
     Lagged {
         /// How many.
@@ -356,6 +361,8 @@ pub enum Command {
     Rollback,
     /// A new process of the same version.
     Restart,
+    /// Another program in the place of the supervisor's own.
+    SelfUpgrade,
     /// The end.
     Stop {
         /// Without draining.
@@ -375,6 +382,8 @@ pub enum Reply {
     },
     /// It is stopping.
     Stopping,
+    /// Another program takes its place now.
+    Replacing,
     /// Nothing was changed.
     Refused(Refusal),
 }
@@ -391,6 +400,13 @@ pub struct Accepted {
 pub struct Stopping {
     /// Always.
     pub stopping: bool,
+}
+
+/// The supervisor's program is being replaced, as it stands in the answer's body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replacing {
+    /// Always.
+    pub replacing: bool,
 }
 
 /// Why nothing was changed.

@@ -69,6 +69,12 @@ impl Machine {
         machine
     }
 
+    /// Goes on with a machine that was written down, by the policies of now.
+    #[must_use]
+    pub fn under(self, policy: Policy) -> Self {
+        Machine { policy, ..self }
+    }
+
     /// Starts the first generation.
     pub fn start(&mut self, now: Time) -> UpgradeId {
         let upgrade = self.new_upgrade();

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, socketpair, sockopt, AddressFamily, SockFlag, SockType};
+use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -25,6 +26,7 @@ use tokio::task::AbortHandle;
 use crate::proto::handoff::{
     FromGeneration, HandoffError, ToGeneration, MAX_FDS, MAX_KEEPS, MAX_KEPT_BYTES, MAX_PACKET, VERSION,
 };
+use crate::state::fds;
 use crate::sys::readiness::Awaited;
 use crate::sys::scm;
 
@@ -38,11 +40,12 @@ const MAX_QUEUED: usize = 2 * MAX_KEEPS;
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Something for a generation.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Outgoing {
     /// What is said.
     pub message: ToGeneration,
     /// Open files that go with it.
+    #[serde(with = "fds::shared_list")]
     pub fds: Vec<Arc<OwnedFd>>,
 }
 
@@ -88,6 +91,16 @@ pub enum ChannelError {
     Socket(#[from] io::Error),
 }
 
+/// What of a channel outlives the program that has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Carried {
+    #[serde(with = "fds::owned")]
+    socket: OwnedFd,
+    queue: VecDeque<Outgoing>,
+    spoken: bool,
+    reader: Reader,
+}
+
 /// A generation's handoff socket. Dropped, it is closed.
 pub struct Channel {
     shared: Arc<Shared>,
@@ -110,7 +123,7 @@ struct State {
     closed: bool,
 }
 
-#[derive(Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Reader {
     keeps: usize,
     kept_bytes: usize,
@@ -159,17 +172,30 @@ impl Channel {
         let hello = ToGeneration::Hello { protocol: VERSION, service: service.to_owned(), generation };
         let mut queue = VecDeque::from([Outgoing { message: hello, fds: Vec::new() }]);
         queue.extend(batches(listeners, batch));
-        let shared = Arc::new(Shared {
-            socket: Awaited::new(ours, Interest::READABLE | Interest::WRITABLE)?,
-            incoming: Box::new(incoming),
-            state: Mutex::new(State { queue, ..State::default() }),
-            reader: Mutex::new(Reader { keeps: 0, kept_bytes: 0, kept_fds: 0, most_fds }),
-            queued: Notify::new(),
-        });
+        let reader = Reader { most_fds, ..Reader::default() };
+        let shared = Shared::new(Carried { socket: ours, queue, spoken: false, reader }, incoming)?;
         // At once as far as the socket takes it: it lies there before the generation's first instruction.
         shared.flush().map_err(io::Error::other)?;
         let task = tokio::spawn(run(Arc::clone(&shared))).abort_handle();
         Ok((Channel { shared, task }, theirs))
+    }
+
+    /// Goes on with one of the program in whose place this one is. Within a runtime only.
+    pub fn resume(carried: Carried, incoming: impl Fn(Incoming) + Send + Sync + 'static) -> io::Result<Channel> {
+        let shared = Shared::new(carried, incoming)?;
+        let task = tokio::spawn(run(Arc::clone(&shared))).abort_handle();
+        Ok(Channel { shared, task })
+    }
+
+    /// What the program that takes this one's place needs of it; none of one that is closed.
+    pub fn carry(&self) -> io::Result<Option<Carried>> {
+        let state = self.shared.state();
+        if state.closed {
+            return Ok(None);
+        }
+        let socket = self.shared.socket.get_ref().try_clone()?;
+        let reader = self.shared.reader.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ok(Some(Carried { socket, queue: state.queue.clone(), spoken: state.spoken, reader }))
     }
 
     /// Says something, after all that was to be said before. Never waits.
@@ -225,6 +251,17 @@ impl fmt::Debug for Channel {
 }
 
 impl Shared {
+    fn new(carried: Carried, incoming: impl Fn(Incoming) + Send + Sync + 'static) -> io::Result<Arc<Shared>> {
+        let Carried { socket, queue, spoken, reader } = carried;
+        Ok(Arc::new(Shared {
+            socket: Awaited::new(socket, Interest::READABLE | Interest::WRITABLE)?,
+            incoming: Box::new(incoming),
+            state: Mutex::new(State { queue, spoken, closed: false }),
+            reader: Mutex::new(reader),
+            queued: Notify::new(),
+        }))
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

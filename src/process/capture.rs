@@ -9,11 +9,13 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, open, FcntlArg, OFlag};
 use nix::sys::stat::{fstat, Mode, SFlag};
 use nix::unistd::{pipe2, read};
+use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::task::AbortHandle;
 
 use super::output::{Output, Source};
 use super::tail::Tail;
+use crate::state::fds;
 use crate::sys::readiness::Awaited;
 
 /// As much as an unprivileged process may ask for (pipe(7)): what a service can write while zddsup is busy.
@@ -21,6 +23,14 @@ const PIPE_SIZE: i32 = 1024 * 1024;
 
 /// What [`Capture::catch_up`] reads at most, from a service that never stops writing.
 const MOST_AT_ONCE: usize = 4 * 1024 * 1024;
+
+/// What of a capture outlives the program that has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Carried {
+    #[serde(with = "fds::shared")]
+    pipe: Arc<OwnedFd>,
+    tail: Tail,
+}
 
 /// Reads a service's stderr, until nobody has it open any more, or this is dropped.
 pub struct Capture {
@@ -66,10 +76,24 @@ impl Capture {
         Capture::of(reopen(fd, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?, output)
     }
 
+    /// Goes on with one of the program in whose place this one is. Within a runtime only.
+    pub fn resume(carried: Carried, output: &Output) -> io::Result<Capture> {
+        Capture::with(carried.pipe, carried.tail, output)
+    }
+
+    /// What the program that takes this one's place needs of it.
+    #[must_use]
+    pub fn carry(&self) -> Carried {
+        Carried { pipe: Arc::clone(&self.pipe.fd), tail: self.pipe.tail.clone() }
+    }
+
     fn of(read: OwnedFd, output: &Output) -> io::Result<Capture> {
-        let fd = Arc::new(read);
+        Capture::with(Arc::new(read), Tail::default(), output)
+    }
+
+    fn with(fd: Arc<OwnedFd>, tail: Tail, output: &Output) -> io::Result<Capture> {
         let awaited = Awaited::new(fd.clone(), Interest::READABLE)?;
-        let pipe = Arc::new(Pipe { fd, output: output.clone(), source: Mutex::default(), tail: Tail::default() });
+        let pipe = Arc::new(Pipe { fd, output: output.clone(), source: Mutex::default(), tail });
         let task = tokio::spawn(pump(pipe.clone(), awaited)).abort_handle();
         Ok(Capture { pipe, task })
     }

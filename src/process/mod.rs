@@ -11,7 +11,7 @@
 //! | [`orphans`] | daemons that hid where they come from |
 //! | [`output`], `capture`, `tail` | the way of a service's stderr |
 
-mod capture;
+pub mod capture;
 mod failure;
 pub mod group;
 pub mod identity;

@@ -11,18 +11,24 @@ const MOST_BYTES: usize = 1024;
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Tail(Mutex<Lines>);
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Lines {
     whole: VecDeque<Line>,
     /// The last one, without its end yet.
     open: Option<Line>,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Line {
     bytes: Vec<u8>,
     /// It was longer.
     cut: bool,
+}
+
+impl Clone for Tail {
+    fn clone(&self) -> Self {
+        Tail(Mutex::new(self.lock().clone()))
+    }
 }
 
 impl Tail {

@@ -120,6 +120,12 @@ impl Driver {
         self.record();
         let Some(running) = self.running.get_mut(&id) else { return };
         running.listens += 1;
+        self.await_quiet(id);
+    }
+
+    /// Reports when it makes no further socket.
+    pub(super) fn await_quiet(&mut self, id: GenerationId) {
+        let Some(running) = self.running.get_mut(&id).filter(|running| running.listens > 0) else { return };
         let (count, inbox) = (running.listens, self.inbox.clone());
         let task = tokio::spawn(async move {
             for (wait, given_up) in [(QUIET, false), (GIVEN_UP.saturating_sub(QUIET), true)] {

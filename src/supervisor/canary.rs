@@ -150,6 +150,11 @@ impl Driver {
         self.adopted.end_diverts();
     }
 
+    /// Nothing is checked until it is begun again.
+    pub(super) fn end_checks(&mut self) {
+        self.canaries.checking = None;
+    }
+
     /// Its processes are known: one that was ready before that is checked from now on.
     pub(super) fn check_canary(&mut self, id: GenerationId) {
         match self.machine.stage() {

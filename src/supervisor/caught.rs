@@ -33,8 +33,15 @@ impl Driver {
         if trap.no_new_privs {
             tracing::info!(generation = %id, "cannot gain privileges: setuid programs and file capabilities do nothing for it");
         }
-        let notifier = Arc::new(trap.notifier);
-        running.notifier = Some(Arc::clone(&notifier));
+        running.notifier = Some(Arc::new(trap.notifier));
+        self.take_calls(id);
+        self.guard_files();
+    }
+
+    /// Takes them as they come.
+    pub(super) fn take_calls(&mut self, id: GenerationId) {
+        let Some(running) = self.running.get_mut(&id) else { return };
+        let Some(notifier) = running.notifier.clone() else { return };
         let inbox = self.inbox.clone();
         let task = tokio::spawn(async move {
             while let Ok(notification) = notifier.next().await {
@@ -45,7 +52,6 @@ impl Driver {
             }
         });
         running.tasks.add(&task);
-        self.guard_files();
     }
 
     /// A generation called bind(2) or listen(2), and waits.

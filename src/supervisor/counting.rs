@@ -33,6 +33,12 @@ impl Counting {
         }
     }
 
+    /// Whether one is under way, or somebody waits for one.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        self.began.is_some() || !self.waiting.is_empty()
+    }
+
     /// A generation leaves: count soon.
     pub fn wanted(&mut self) {
         self.due.get_or_insert_with(Instant::now);

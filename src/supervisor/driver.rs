@@ -11,6 +11,8 @@ use tokio::sync::{broadcast, mpsc};
 use super::adopting::Adopted;
 use super::canary::Canaries;
 use super::counting::Counting;
+use super::replacing::program::ReplaceError;
+use super::replacing::Replacement;
 use super::reports::Reports;
 use super::running::Running;
 use super::spawning::Recipe;
@@ -65,6 +67,8 @@ pub enum Input {
     Notified(GenerationId, Datagram),
     /// A handoff message.
     Heard(GenerationId, Incoming),
+    /// Another program was tried.
+    Tried(Result<(), ReplaceError>),
     /// Connections were counted.
     Counted(BTreeMap<GenerationId, Count>),
 }
@@ -84,6 +88,9 @@ pub struct Driver {
     pub(super) kept: Keeping,
     pub(super) reports: Reports,
     pub(super) restarts: u64,
+    /// How often the program was replaced.
+    pub(super) replacements: u64,
+    pub(super) replacement: Option<Replacement>,
     pub(super) inbox: mpsc::UnboundedSender<Input>,
     pub(super) events: broadcast::Sender<control::Event>,
     pub(super) reaper: Reaper,
@@ -149,6 +156,7 @@ impl Driver {
             Input::Checked(id, step, result) => self.checked(id, step, result),
             Input::Notified(id, datagram) => self.notified(id, datagram),
             Input::Heard(id, incoming) => self.heard(id, incoming),
+            Input::Tried(result) => self.tried(result),
             Input::Counted(counts) => self.counted(&counts),
         }
     }
@@ -180,7 +188,7 @@ impl Driver {
         let core = self.machine.poll_timeout().map(|time| self.epoch + time.0);
         let watchdogs = self.running.values().filter_map(|running| running.watchdog.due);
         let looks = self.sweep_due.into_iter().chain(self.counting.due()).chain(self.adopted.due());
-        watchdogs.chain(core).chain(looks).chain(self.upward.due()).min()
+        watchdogs.chain(core).chain(looks).chain(self.replacement_due()).chain(self.upward.due()).min()
     }
 
     /// The clock was looked at.

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 
 use super::driver::{Driver, Input};
 use super::running::{Main, Running, Seen};
@@ -78,22 +79,13 @@ impl Driver {
         pidfd: PidFd,
         end: Option<oneshot::Receiver<End>>,
     ) {
-        let Ok(watched) = pidfd.try_clone() else { return };
-        let pid = Pid::from_raw(member.pid);
-        let end = end.unwrap_or_else(|| self.reaper.watch(pid));
-        let inbox = self.inbox.clone();
-        let task = tokio::spawn(async move {
-            let _cannot_be_watched = watched.exited().await;
-            // One that is not our child is reaped by its parent, and its status is not for us.
-            let reaped = tokio::time::timeout(Duration::from_secs(1), end).await;
-            let end = reaped.ok().and_then(Result::ok).unwrap_or(End::Unknown);
-            let _loop_is_gone = inbox.send(Input::Ended(id, pid, end));
-        });
+        let end = end.unwrap_or_else(|| self.reaper.watch(Pid::from_raw(member.pid)));
+        let watch = watch(&pidfd, id, member, end, self.inbox.clone());
         let Some(running) = self.running.get_mut(&id) else { return };
         if running.group.is_none() {
             running.group = Some(Arc::new(Group::new(member, &running.marker)));
         }
-        running.main = Some(Main { member, pidfd, watch: Some(task.abort_handle()) });
+        running.main = Some(Main { member, pidfd, watch });
     }
 
     /// The end is taken after everything that the generation said before it.
@@ -345,6 +337,25 @@ impl Driver {
         let machine = &self.machine;
         self.recipes.retain(|&program, _| machine.needs_program(program));
     }
+}
+
+/// Reports the end of a main process.
+pub(super) fn watch(
+    pidfd: &PidFd,
+    id: GenerationId,
+    member: Member,
+    end: oneshot::Receiver<End>,
+    inbox: mpsc::UnboundedSender<Input>,
+) -> Option<AbortHandle> {
+    let watched = pidfd.try_clone().ok()?;
+    let task = tokio::spawn(async move {
+        let _cannot_be_watched = watched.exited().await;
+        // One that is not our child is reaped by its parent, and its status is not for us.
+        let reaped = tokio::time::timeout(Duration::from_secs(1), end).await;
+        let end = reaped.ok().and_then(Result::ok).unwrap_or(End::Unknown);
+        let _loop_is_gone = inbox.send(Input::Ended(id, Pid::from_raw(member.pid), end));
+    });
+    Some(task.abort_handle())
 }
 
 /// An end in words.

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 /// Held as long as this supervisor lives; the kernel lets go of it when it dies.
 #[derive(Debug)]
 pub struct Lock {
-    _held: Flock<File>,
+    held: Flock<File>,
 }
 
 /// Why a name cannot be had.
@@ -52,7 +53,7 @@ impl Lock {
                     writeln!(file, "{}", std::process::id())
                 };
                 write(&mut held).map_err(failed)?;
-                Ok(Lock { _held: held })
+                Ok(Lock { held })
             }
             Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
                 let mut pid = String::new();
@@ -65,6 +66,20 @@ impl Lock {
             }
             Err((_, errno)) => Err(failed(errno.into())),
         }
+    }
+}
+
+impl Lock {
+    /// The lock of the program in whose place this one is: it is the same process'.
+    pub fn resume(held: OwnedFd) -> io::Result<Lock> {
+        let held = Flock::lock(File::from(held), FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+        Ok(Lock { held })
+    }
+
+    /// Its file, which holds it as long as it is open.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.held
     }
 }
 

@@ -23,11 +23,14 @@
 //! | [`status`], [`counting`] | the state for people and programs; connections |
 //! | [`store`] | fds and state that generations leave for the next |
 //! | [`recorded`], [`takeover`] | going on after a supervisor that was killed |
+//! | [`replacing`] | another program in the supervisor's place |
+//! | [`answering`] | the control server beside the loop |
 //! | [`signals`], [`instance`] | signals; one supervisor a name |
 //! | [`upward`], [`above`] | what a supervisor above is told, and the way to it |
 
 pub mod above;
 mod adopting;
+mod answering;
 mod canary;
 mod caught;
 mod counting;
@@ -42,6 +45,7 @@ mod messages;
 mod ports;
 mod readiness;
 pub mod recorded;
+pub mod replacing;
 pub mod reports;
 pub mod run;
 pub mod running;

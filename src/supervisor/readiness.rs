@@ -16,19 +16,20 @@ impl Driver {
     /// A candidate runs: waits for what shows that it is ready.
     pub(super) fn await_ready(&mut self, id: GenerationId) {
         let inbox = self.inbox.clone();
-        let settles_after = self.settles_after();
+        let Some(since) = self.running.get(&id).map(|running| running.since) else { return };
+        let settles = since + self.settles_after();
         let task = match &self.config.ready {
             // It says so itself.
             Ready::Notify | Ready::Listen => return,
             Ready::Auto if self.speaks => return,
             Ready::Auto => tokio::spawn(async move {
-                tokio::time::sleep(settles_after).await;
+                tokio::time::sleep_until(settles.into()).await;
                 let _loop_is_gone = inbox.send(Input::Settled(id));
             }),
             Ready::Delay(delay) => {
-                let delay = *delay;
+                let over = since + *delay;
                 tokio::spawn(async move {
-                    tokio::time::sleep(delay).await;
+                    tokio::time::sleep_until(over.into()).await;
                     let _loop_is_gone = inbox.send(Input::Probed(id));
                 })
             }

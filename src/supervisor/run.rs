@@ -6,15 +6,18 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
 use nix::sys::signal::Signal;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc};
 
 use super::above::Barrier;
 use super::adopting::Adopted;
+use super::answering::Answering;
 use super::canary::Canaries;
 use super::counting::Counting;
 use super::driver::{Driver, Input};
 use super::ending::describe;
 use super::instance::{Lock, LockError, PidFile};
+use super::replacing::start::{Left, LeftError};
+use super::replacing::state::{Begin, State};
 use super::reports::Reports;
 use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
@@ -64,6 +67,9 @@ pub enum StartError {
     /// TLS of probes.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Another program's state is none of this service.
+    #[error(transparent)]
+    Left(#[from] LeftError),
     /// The control socket cannot be had.
     #[error(transparent)]
     Control(#[from] server::BindError),
@@ -133,21 +139,34 @@ impl Ended {
 ///
 /// # Errors
 /// When it cannot begin; nothing was spawned then.
-pub fn run(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
+pub fn run(
+    config: ServiceConfig,
+    inherited: Inherited,
+    left: Option<Left>,
+    output: Output,
+) -> Result<Ended, StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| StartError::System { what: "start the event loop", source })?;
-    runtime.block_on(supervise(config, inherited, output))
+    runtime.block_on(supervise(config, inherited, left, output))
 }
 
-async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
+async fn supervise(
+    config: ServiceConfig,
+    inherited: Inherited,
+    left: Option<Left>,
+    output: Output,
+) -> Result<Ended, StartError> {
     let system = |what| move |source| StartError::System { what, source };
-    // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
-    environment::for_generation(&config)?;
-    Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
+    let mut state = left.map(|left| left.read(&config)).transpose()?;
+    let gone_on = state.as_mut().map(State::begin).transpose().map_err(system("take over open files"))?;
+    if gone_on.is_none() {
+        // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
+        environment::for_generation(&config)?;
+        Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
+    }
     let tls = tls(&config)?;
-    let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
     let signals = Signals::new().map_err(system("listen to signals"))?;
@@ -155,38 +174,59 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let directory = place::runtime_dir()?;
     let name = config.name.clone();
     let file = |ending| directory.join(format!("{name}.{ending}"));
-    let _lock = Lock::take(&file("lock"), &config.name)?;
-    let mut orphans = Orphans::find(&file("state"));
-    let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
-    config.check_listeners(&listeners)?;
-    let server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
+    let mut orphans = Orphans::default();
+    let (lock, nofile, listeners, server) = match gone_on {
+        Some(Begin { lock, control, control_path, nofile, passed, bound }) => (
+            Lock::resume(lock).map_err(system("keep the lock"))?,
+            nofile,
+            listener::open_from(passed, &config.listeners, bound)?,
+            Server::resume(control, control_path)?,
+        ),
+        None => {
+            let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
+            let lock = Lock::take(&file("lock"), &config.name)?;
+            orphans = Orphans::find(&file("state"));
+            let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
+            config.check_listeners(&listeners)?;
+            (lock, nofile, listeners, Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?)
+        }
+    };
     let _pid_file = config.pid_file.as_deref().map(write_pid_file).transpose()?;
 
     let (commands, mut asked) = mpsc::channel(64);
     let (inbox, mut inputs) = mpsc::unbounded_channel();
     let (events, _) = broadcast::channel(EVENTS_HELD);
-    let (over, end) = oneshot::channel::<()>();
-    let handle = Handle { commands, events: events.clone() };
-    let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
+    let mut answering = Answering::new(server, Handle { commands, events: events.clone() });
     let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state") };
     let mut driver = Driver::new(config, held, inbox, events);
-    driver.begin(orphans);
+    match state {
+        Some(state) => driver.go_on(state),
+        None => driver.begin(orphans),
+    }
 
     let finish = loop {
         driver.settle();
         if let Some(finish) = driver.finished() {
             break finish;
         }
+        if driver.is_to_be_replaced() {
+            answering.let_go();
+            if let Some(server) = answering.resting() {
+                driver.replace_itself(&mut inputs, &lock, server).await;
+            }
+        } else {
+            answering.begin();
+        }
         tokio::select! {
             wish = signals.next() => driver.wish(wish.map_err(system("read a signal"))?),
             Some(request) = asked.recv() => driver.answer(request),
             Some(input) = inputs.recv() => driver.take(input),
+            () = answering.rests() => {}
             () = until(driver.due()) => driver.tick(),
         }
     };
     let (ended, heard) = driver.end(finish);
-    drop(over);
-    let _cannot_panic = control.await;
+    answering.leave().await;
     if let Some(heard) = heard {
         if let Err(error) = heard.passed().await {
             tracing::debug!("the supervisor above has not heard the last words: {error}");
@@ -212,6 +252,11 @@ async fn until(due: Option<Instant>) {
     }
 }
 
+/// How many fds generations may keep for each other.
+pub(super) fn most_kept() -> usize {
+    limits::own_nofile() / KEPT_SHARE
+}
+
 fn write_pid_file(path: &Path) -> Result<PidFile, StartError> {
     PidFile::write(path).map_err(|source| StartError::PidFile { path: path.to_owned(), source })
 }
@@ -234,9 +279,11 @@ impl Driver {
             running: BTreeMap::new(),
             retired: VecDeque::new(),
             recipes: BTreeMap::new(),
-            kept: Keeping::new(limits::own_nofile() / KEPT_SHARE),
+            kept: Keeping::new(most_kept()),
             reports: Reports::default(),
             restarts: 0,
+            replacements: 0,
+            replacement: None,
             inbox,
             events,
             reaper,
@@ -279,6 +326,19 @@ impl Driver {
         }
     }
 
+    /// Goes on where another program was.
+    fn go_on(&mut self, state: State) {
+        self.put_together(state);
+        self.replacements += 1;
+        self.wake();
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            "goes on in the place of another zddsup: {}",
+            self.one_line()
+        );
+        self.record();
+    }
+
     /// A signal came.
     fn wish(&mut self, wish: Wish) {
         let request = match wish {
@@ -293,6 +353,7 @@ impl Driver {
                 self.reaper.reap();
                 return self.sweep();
             }
+            Wish::SelfUpgrade => return self.replace_program(None),
             Wish::Forward(signal) => return self.forward(signal),
         };
         match self.ask(request) {
@@ -309,6 +370,7 @@ impl Driver {
     fn answer(&mut self, request: control::Request) {
         let asked = match request.command {
             control::Command::Status => return self.reply_with_status(request.reply),
+            control::Command::SelfUpgrade => return self.replace_program(Some(request.reply)),
             control::Command::Upgrade => self.usual_upgrade(),
             // The server refused those that cannot be meant.
             control::Command::Canary(flags) => self.upgrade_by(flags.plan().unwrap_or_default()),

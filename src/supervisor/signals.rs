@@ -14,7 +14,7 @@ use tokio::io::Interest;
 
 use crate::sys::readiness::Awaited;
 
-/// Passed on to the incumbent when a process (not a terminal) sent them. USR2 is kept for zddsup itself.
+/// Passed on to the incumbent when a process (not a terminal) sent them.
 const FORWARDED: [Signal; 4] = [Signal::SIGWINCH, Signal::SIGTTIN, Signal::SIGTTOU, Signal::SIGALRM];
 
 /// What a signal asks for.
@@ -28,6 +28,8 @@ pub enum Wish {
     Quit,
     /// USR1.
     PrintStatus,
+    /// USR2.
+    SelfUpgrade,
     /// CHLD.
     Reap,
     /// One that the incumbent may know what to do with.
@@ -41,10 +43,16 @@ pub fn block() -> nix::Result<()> {
 
 fn mask() -> SigSet {
     let mut mask = SigSet::empty();
-    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGCHLD]
-        .into_iter()
-        .chain(FORWARDED)
-    {
+    let own = [
+        Signal::SIGHUP,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGCHLD,
+    ];
+    for signal in own.into_iter().chain(FORWARDED) {
         mask.add(signal);
     }
     mask
@@ -99,6 +107,7 @@ impl Signals {
             Signal::SIGTERM | Signal::SIGINT => Wish::Stop,
             Signal::SIGQUIT => Wish::Quit,
             Signal::SIGUSR1 => Wish::PrintStatus,
+            Signal::SIGUSR2 => Wish::SelfUpgrade,
             Signal::SIGCHLD => Wish::Reap,
             other if from_process && FORWARDED.contains(&other) => Wish::Forward(other),
             _ => return None,

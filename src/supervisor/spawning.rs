@@ -32,6 +32,7 @@ pub struct Recipe {
     /// Arguments, the program's name first, with placeholders.
     pub args: Vec<OsString>,
     /// Environment, with placeholders, without what zddsup adds.
+    #[serde(with = "crate::state::with::pairs")]
     pub env: BTreeMap<OsString, OsString>,
     /// Working directory.
     #[serde(with = "crate::state::with::path")]
@@ -323,6 +324,13 @@ impl Handed {
 
 /// How often the sweep and the count look again, where nothing reports the change.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+impl Driver {
+    /// Computes those that are not known.
+    pub(super) fn digest_programs(&self) {
+        self.recipes.values().for_each(|recipe| compute_digest(&recipe.program));
+    }
+}
 
 /// The digest is for people: computed beside, when nothing waits for it.
 fn compute_digest(program: &Arc<Program>) {

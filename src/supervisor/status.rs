@@ -26,6 +26,7 @@ impl Driver {
                 pid: i32::try_from(std::process::id()).unwrap_or(0),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 started_unix_ms: unix_ms(self.started),
+                replaced: self.replacements,
             },
             phase: self.service_phase(),
             serving: self.machine.serving(),

@@ -59,6 +59,12 @@ impl Store {
         Store { most, stored: Vec::new(), staged: BTreeMap::new() }
     }
 
+    /// The same for up to `most` fds.
+    #[must_use]
+    pub fn within(self, most: usize) -> Self {
+        Store { most, ..self }
+    }
+
     /// Takes a change at once, or at the generation's switch if it is not `ready` yet. Gives how many fds were refused
     /// because the store is full.
     pub fn change(&mut self, generation: GenerationId, ready: bool, change: Change) -> usize {
@@ -173,6 +179,12 @@ impl Keeping {
     #[must_use]
     pub fn new(most_fds: usize) -> Self {
         Keeping { most_fds, next: 0, items: BTreeMap::new(), bytes: 0, fds: 0, was_large: false }
+    }
+
+    /// The same for up to `most_fds`.
+    #[must_use]
+    pub fn within(self, most_fds: usize) -> Self {
+        Keeping { most_fds, ..self }
     }
 
     /// How many fds it takes.

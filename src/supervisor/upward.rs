@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use nix::time::{clock_gettime, ClockId};
 
+use serde::{Deserialize, Serialize};
+
 use super::above::{self, Above, Barrier};
 use crate::core::UpgradeId;
 
@@ -47,7 +49,32 @@ pub struct Upward {
     extend_due: Option<Instant>,
 }
 
+/// What was told, for the program that goes on with it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Told {
+    ready: bool,
+    stopping: bool,
+    reloading: Option<UpgradeId>,
+    failed: Option<String>,
+    status: String,
+}
+
 impl Upward {
+    /// For the program that goes on with it.
+    #[must_use]
+    pub fn told(&self) -> Told {
+        let Upward { ready, stopping, reloading, failed, told, .. } = self;
+        let (failed, status) = (failed.clone(), told.clone());
+        Told { ready: *ready, stopping: *stopping, reloading: *reloading, failed, status }
+    }
+
+    /// Goes on where another program was.
+    pub fn resume(&mut self, told: Told) {
+        let Told { ready, stopping, reloading, failed, status } = told;
+        (self.ready, self.stopping, self.reloading, self.failed, self.told) =
+            (ready, stopping, reloading, failed, status);
+    }
+
     /// As the environment names it.
     #[must_use]
     pub fn from_environment(now: Instant) -> Upward {
