@@ -1,6 +1,7 @@
 //! Performs the core's actions, and tells it what came of them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime};
 
@@ -91,6 +92,8 @@ pub struct Driver {
     /// How often the program was replaced.
     pub(super) replacements: u64,
     pub(super) replacement: Option<Replacement>,
+    /// By which its program is found.
+    pub(super) own_name: OsString,
     pub(super) inbox: mpsc::UnboundedSender<Input>,
     pub(super) events: broadcast::Sender<control::Event>,
     pub(super) reaper: Reaper,

@@ -16,6 +16,7 @@ use super::counting::Counting;
 use super::driver::{Driver, Input};
 use super::ending::describe;
 use super::instance::{Lock, LockError, PidFile};
+use super::replacing;
 use super::replacing::start::{Left, LeftError};
 use super::replacing::state::{Begin, State};
 use super::reports::Reports;
@@ -284,6 +285,7 @@ impl Driver {
             restarts: 0,
             replacements: 0,
             replacement: None,
+            own_name: replacing::program::own_name(),
             inbox,
             events,
             reaper,

@@ -90,6 +90,18 @@ impl Setup {
         Setup { dir: self.dir, command }
     }
 
+    /// By a link of this name in its directory, which can be made to lead to another program.
+    #[must_use]
+    pub fn by_link(self, name: &str) -> Setup {
+        let link = self.dir.path().join(name);
+        std::os::unix::fs::symlink(ZDDSUP, &link).unwrap();
+        let mut command = Command::new(link);
+        command.args(self.command.get_args()).current_dir(self.dir.path()).stdin(Stdio::null());
+        command.env_remove("NOTIFY_SOCKET");
+        command.envs(self.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Setup { dir: self.dir, command }
+    }
+
     /// To change its environment, directory, stdio.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command

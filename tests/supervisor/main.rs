@@ -17,6 +17,7 @@
 //! | `output` | stdout and stderr |
 //! | `listeners` | each kind of socket, and those that systemd passes |
 //! | `refusals` | what is refused, in words, with nothing left behind |
+//! | `replacing` | another zddsup in the place of this one |
 //! | `steered` | a socket of its own for each generation |
 //! | `takeover` | zddsup killed, and the next one |
 //! | `upward` | what a supervisor above this one hears |
@@ -40,6 +41,7 @@ mod output;
 mod overload;
 mod readiness;
 mod refusals;
+mod replacing;
 mod restart;
 mod rollback;
 mod signals;

@@ -38,7 +38,25 @@ impl Stage {
         Stage::spawn_on("127.0.0.1:0", flags, puppet_flags)
     }
 
+    /// As [`Stage::start`], by a link that [`Stage::put`] changes.
+    pub fn start_by_link(flags: &[&str], puppet_flags: &str) -> Stage {
+        let (setup, script) = Stage::setup("127.0.0.1:0", flags, puppet_flags);
+        Stage { supervisor: setup.by_link("zddsup-link").start(), script }
+    }
+
+    /// From now on the program that this one was called by is that one.
+    pub fn put(&self, program: &std::path::Path) {
+        let (link, beside) = (self.dir.path().join("zddsup-link"), self.dir.path().join("beside"));
+        std::os::unix::fs::symlink(program, &beside).unwrap();
+        std::fs::rename(beside, link).unwrap();
+    }
+
     fn spawn_on(listen: &str, flags: &[&str], puppet_flags: &str) -> Stage {
+        let (setup, script) = Stage::setup(listen, flags, puppet_flags);
+        Stage { supervisor: setup.spawn(), script }
+    }
+
+    fn setup(listen: &str, flags: &[&str], puppet_flags: &str) -> (Setup, PathBuf) {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         let script = dir.path().join("script");
         write(&script, puppet_flags);
@@ -46,7 +64,7 @@ impl Stage {
         args.extend(flags);
         let (puppet, path) = (puppet(), script.display().to_string());
         args.extend(["--", &puppet, "--script", &path]);
-        Stage { supervisor: Setup::within(dir, args).spawn(), script }
+        (Setup::within(dir, args), script)
     }
 
     /// What the next generation does: flags of the puppet.

@@ -5,6 +5,7 @@ mod common;
 mod hardening;
 mod newer;
 mod protocol;
+mod replacing;
 mod sockets;
 mod stage;
 

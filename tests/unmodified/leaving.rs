@@ -45,7 +45,7 @@ pub fn waiting(site: &Site, count: usize) -> Vec<TcpStream> {
 }
 
 #[track_caller]
-fn answered(clients: Vec<TcpStream>, by: &str, supervisor: &Supervisor) {
+pub fn answered(clients: Vec<TcpStream>, by: &str, supervisor: &Supervisor) {
     for mut client in clients {
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut answer = String::new();

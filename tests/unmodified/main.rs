@@ -15,6 +15,7 @@
 //! | `datagrams` | UDP: every datagram is answered |
 //! | `canary` | a share for the new version first: by number, by network, in steps; what ends it |
 //! | `locals` | Unix sockets |
+//! | `replacing` | another zddsup in the place of the one that steers |
 //! | `takeover` | a supervisor that is killed, and succeeded |
 //! | `steering` | what the kernel does with new connections in each phase, crashes, addresses that come and go |
 
@@ -32,6 +33,7 @@ mod network;
 mod places;
 mod probes;
 mod protocols;
+mod replacing;
 mod servers;
 mod steering;
 mod table;

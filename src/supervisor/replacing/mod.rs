@@ -77,7 +77,7 @@ impl Driver {
         if self.replacement.is_some() {
             return refuse(reply, "the program is being replaced already".to_owned(), "wait until it is");
         }
-        let tried = program::find().map_err(ReplaceError::from).and_then(|program| {
+        let tried = program::find(&self.own_name).map_err(ReplaceError::from).and_then(|program| {
             // Taken apart and put together again: nothing has happened in between.
             let instance = Instance::placeholder().map_err(failed(COPIES))?;
             let state = self.take_apart(instance).map_err(failed(COPIES))?;

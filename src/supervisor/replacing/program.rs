@@ -1,18 +1,20 @@
 //! The program that is to take this one's place: found as it was when zddsup was started, tried, and executed.
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::sys::signal::Signal;
+use nix::sys::stat::fstat;
 use nix::unistd::{execve, Pid};
 
 use super::{STATE_VAR, TRIAL_PASSED, TRIAL_VAR};
@@ -67,16 +69,25 @@ pub enum ReplaceError {
     Busy,
 }
 
-/// The program's file as it is now, where it was when this one was started: by the name that it was called, links followed
-/// anew.
-pub fn find() -> Result<Program, ProgramError> {
-    let path = std::env::var_os("PATH");
+/// How the program's file is found: by the name that it was called by, links followed anew. Where that is another one's
+/// (a name that somebody made up), by the path that it has now. To be asked at the start.
+pub fn own_name() -> OsString {
     let called = std::env::args_os().next().unwrap_or_default();
-    Program::resolve(&called, path.as_deref(), &start_directory()).or_else(|error| match std::env::current_exe() {
-        // Called by a name that is not its own.
-        Ok(own) => Program::resolve(own.as_os_str(), None, &start_directory()).map_err(|_| error),
-        Err(_) => Err(error),
-    })
+    let path = std::env::current_exe().map(PathBuf::into_os_string).unwrap_or_default();
+    let number = |program: Result<Program, ProgramError>| {
+        let found = fstat(program.ok()?.held()).ok()?;
+        Some((found.st_dev, found.st_ino))
+    };
+    if number(find(&called)).is_some_and(|called| Some(called) == number(find(&path))) {
+        called
+    } else {
+        path
+    }
+}
+
+/// The file as it is now.
+pub fn find(own_name: &OsStr) -> Result<Program, ProgramError> {
+    Program::resolve(own_name, std::env::var_os("PATH").as_deref(), &start_directory())
 }
 
 /// A document in memory that goes by its fd.

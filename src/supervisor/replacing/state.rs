@@ -19,6 +19,7 @@ use crate::listener::Listener;
 use crate::process::capture;
 use crate::process::limits::Limit;
 use crate::process::output::Capture;
+use crate::process::program::Program;
 use crate::state::{fds, with};
 use crate::supervisor::adopting::Adopted;
 use crate::supervisor::canary::Canaries;
@@ -229,6 +230,14 @@ impl Driver {
             match Capture::resume(carried, &self.output) {
                 Ok(capture) => running.capture = Some(capture),
                 Err(error) => tracing::error!(generation = %id, "its stderr is lost: {error}"),
+            }
+        }
+        // One open file for all that run the same.
+        let mut different: Vec<Arc<Program>> = Vec::new();
+        for recipe in self.recipes.values_mut() {
+            match different.iter().find(|program| program.is_same(&recipe.program)) {
+                Some(same) => recipe.program = Arc::clone(same),
+                None => different.push(Arc::clone(&recipe.program)),
             }
         }
         let programs: Vec<_> = self.machine.generations().map(|(id, generation)| (id, generation.program)).collect();
