@@ -2,6 +2,7 @@
 //!
 //! A process belongs to it when one of these holds:
 //! - it is in a process group or session that a member leads (the first process leads a group of its own),
+//! - it is in the generation's cgroup, or in one below, where generations have one ([`Cgroup`]): nothing gets out of that,
 //! - it has the generation's marker in its environment (a daemon that called fork and setsid twice still has),
 //! - it is a descendant of one of these,
 //! - it was one before, or was admitted.
@@ -13,6 +14,7 @@
 //! and so our child, and stays there, dead, until we reap it: where there is a dead one that was not there before, the
 //! look was no good.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -24,6 +26,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::table::{self, Marked, Stat};
 use crate::sys::pidfd::PidFd;
 
@@ -78,6 +81,7 @@ impl Member {
 pub struct Group {
     leader: Member,
     marker: Vec<u8>,
+    cgroup: Option<Cgroup>,
     known: Mutex<Known>,
 }
 
@@ -109,7 +113,19 @@ impl Group {
     #[must_use]
     pub fn new(leader: Member, marker: &str) -> Self {
         let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
-        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
+        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), cgroup: None, known }
+    }
+
+    /// Which are in this cgroup besides. It is theirs: with the group it is removed.
+    #[must_use]
+    pub fn within(self, cgroup: Option<Cgroup>) -> Self {
+        Group { cgroup, ..self }
+    }
+
+    /// Their cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
     }
 
     /// Its first process, dead or alive.
@@ -132,7 +148,8 @@ impl Group {
             if !found.living.is_empty() {
                 break;
             }
-            if !found.in_doubt {
+            // What the kernel says of all at once: nobody goes from one cgroup to the next meanwhile.
+            if !found.in_doubt && self.cgroup.as_ref().is_none_or(Cgroup::is_empty) {
                 return Ok(true);
             }
         }
@@ -161,6 +178,14 @@ impl Group {
     /// Sends a signal to each of them, and gives to how many. After SIGKILL it looks again for what was forked meanwhile.
     pub fn signal_all(&self, signal: Signal) -> io::Result<usize> {
         let mut told = Told { signal, seen: BTreeSet::new(), sent: 0, refused: None };
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|_| signal == Signal::SIGKILL) {
+            let (living, inside) = (self.look()?.living, cgroup.pids());
+            // Those too that take no signal from us. What follows is for those outside.
+            if cgroup.kill().is_ok() {
+                told.seen.extend(living.into_iter().filter(|member| inside.contains(&member.pid)));
+                told.sent = told.seen.len();
+            }
+        }
         let begin = Instant::now();
         for round in 1.. {
             let found = self.look()?;
@@ -201,6 +226,9 @@ impl Group {
         self.each_young(|pid, stat| {
             young.insert(pid, stat);
         })?;
+        if let Some(cgroup) = &self.cgroup {
+            known.members.extend(inside(cgroup, &mut young));
+        }
         Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
     }
 
@@ -217,6 +245,16 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// Those in a cgroup, whatever their age. Who has the pid now was looked at first, and is in it then: it is no other one.
+fn inside(cgroup: &Cgroup, young: &mut BTreeMap<i32, Stat>) -> Vec<Member> {
+    for pid in cgroup.pids().into_iter().filter(|&pid| pid != own_pid()) {
+        if let (Entry::Vacant(place), Ok(stat)) = (young.entry(pid), Stat::read(pid)) {
+            place.insert(stat);
+        }
+    }
+    cgroup.pids().iter().filter_map(|pid| young.get(pid)).map(|stat| stat.member).collect()
 }
 
 /// Who was sent a signal.

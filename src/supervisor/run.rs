@@ -19,13 +19,14 @@ use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
 use crate::config::ready::{Probe, Scheme};
-use crate::config::{environment, start_directory, ConfigError, EnvError, Ready, ServiceConfig, Switch};
+use crate::config::{environment, start_directory, ConfigError, EnvError, OwnCgroup, Ready, ServiceConfig, Switch};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
 use crate::core::{Answer, Finish, Machine, Refusal, Request};
 use crate::listener::inherit::Inherited;
 use crate::listener::{self, BindError, Listener};
+use crate::process::cgroup::{Delegated, NoCgroup};
 use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
@@ -59,6 +60,9 @@ pub enum StartError {
     /// The user or group is unknown.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// Generations were to have cgroups.
+    #[error(transparent)]
+    Cgroup(#[from] NoCgroup),
     /// TLS of probes.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -98,6 +102,7 @@ impl StartError {
 struct Held {
     listeners: Vec<Listener>,
     tls: Option<Tls>,
+    cgroups: Option<Delegated>,
     nofile: Option<limits::Limit>,
     reaper: Reaper,
     output: Output,
@@ -141,6 +146,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let file = |ending| directory.join(format!("{name}.{ending}"));
     let _lock = Lock::take(&file("lock"), &config.name)?;
     let mut orphans = Orphans::find(&file("state"));
+    let cgroups = cgroups(&config)?;
     let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
     config.check_listeners(&listeners)?;
     let server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
@@ -152,7 +158,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let (over, end) = oneshot::channel::<()>();
     let handle = Handle { commands, events: events.clone() };
     let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
-    let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state") };
+    let held = Held { listeners, tls, cgroups, nofile, reaper, output, state_file: file("state") };
     let mut driver = Driver::new(config, held, inbox, events);
     driver.begin(orphans);
 
@@ -184,6 +190,29 @@ pub fn tls(config: &ServiceConfig) -> Result<Option<Tls>, TlsError> {
     }
 }
 
+/// Where generations have cgroups of their own. The name is ours by now: nobody else's are tidied up.
+fn cgroups(config: &ServiceConfig) -> Result<Option<Delegated>, NoCgroup> {
+    if config.cgroup == OwnCgroup::Off {
+        return Ok(None);
+    }
+    match Delegated::find(&config.name, config.cgroup == OwnCgroup::Auto) {
+        Ok(delegated) => {
+            tracing::info!("each generation has a cgroup of its own in {}", delegated.directory().display());
+            delegated.tidy();
+            Ok(Some(delegated))
+        }
+        Err(reason) if config.cgroup == OwnCgroup::Require => Err(reason),
+        Err(reason @ NoCgroup::Unusable { .. }) => {
+            tracing::info!("generations are process groups, though zddsup's cgroup is delegated: {reason}");
+            Ok(None)
+        }
+        Err(reason) => {
+            tracing::debug!("generations are process groups: {reason}");
+            Ok(None)
+        }
+    }
+}
+
 async fn until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -202,7 +231,7 @@ impl Driver {
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
-        let Held { listeners, tls, nofile, reaper, output, state_file } = held;
+        let Held { listeners, tls, cgroups, nofile, reaper, output, state_file } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
@@ -220,6 +249,7 @@ impl Driver {
             events,
             reaper,
             output,
+            cgroups,
             nofile,
             epoch: Instant::now(),
             started: SystemTime::now(),

@@ -9,6 +9,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::core::{End, GenerationId, Source};
 use crate::handoff::channel::Channel;
+use crate::process::cgroup::Cgroup;
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
@@ -33,6 +34,8 @@ pub struct Running {
     pub since: Instant,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
     pub main: Option<Main>,
+    /// Its cgroup, until it has processes: then it is its group's.
+    pub cgroup: Option<Cgroup>,
     /// All of its processes, once there is one.
     pub group: Option<Arc<Group>>,
     /// Where it says READY=1; none for one that was taken over.

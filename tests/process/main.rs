@@ -2,6 +2,7 @@
 //!
 //! The reaper reaps every child, so these tests take turns, and no child is made here in any other way.
 
+mod cgroups;
 mod children;
 mod failures;
 mod groups;
