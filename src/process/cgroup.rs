@@ -29,7 +29,7 @@ use crate::sys::xattr;
 /// Where systemd and containers have them.
 const MOUNTED: &str = "/sys/fs/cgroup";
 
-/// How systemd says that a cgroup is delegated (docs/CGROUP_DELEGATION.md there): the first from version 251 on and for
+/// How systemd says that a cgroup is delegated (`docs/CGROUP_DELEGATION.md` of its sources): the first from version 251 on and for
 /// everybody, the other one for root.
 const MARKS: [&CStr; 2] = [c"user.delegate", c"trusted.delegate"];
 

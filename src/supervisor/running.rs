@@ -183,6 +183,12 @@ impl Running {
         self.program.as_ref().map_or_else(String::new, |program| program.path().display().to_string())
     }
 
+    /// Its cgroup, where it has one.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.group.as_ref().map_or(self.cgroup.as_ref(), |group| group.cgroup())
+    }
+
     /// Pid of its main process.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {

@@ -1,8 +1,7 @@
 //! A generation's cgroup: who is in it, whatever that does to get out.
 
-use std::fs;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 use nix::unistd::read;
@@ -11,23 +10,8 @@ use zddsup::process::group::{Group, MARKER_VAR};
 use zddsup::process::reaper::Reaper;
 use zddsup::process::spawn::{spawn, Launch, Spawned};
 
+use crate::cgroup::made;
 use crate::children::{alone, end, program, shell};
-
-/// A new cgroup below our own. None where there cannot be any, with the reason printed.
-fn made(name: &str) -> Option<Cgroup> {
-    let mounts = fs::read_to_string("/proc/mounts").unwrap();
-    let mounted = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?.split(' ').nth(1)?;
-    let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
-    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let path = Path::new(mounted).join(own).join(format!("zddsup-test-{name}-{}", std::process::id()));
-    match Cgroup::make(path.clone()).and_then(|cgroup| cgroup.entrance().map(|_| cgroup)) {
-        Ok(cgroup) => Some(cgroup),
-        Err(error) => {
-            eprintln!("skipped: no cgroup can be made at {}: {error}", path.display());
-            None
-        }
-    }
-}
 
 struct Started {
     spawned: Spawned,
