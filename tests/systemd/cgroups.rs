@@ -70,6 +70,11 @@ fn daemons(systemd: &Systemd) -> BTreeSet<i32> {
     entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
 }
 
+/// None of them lives, and the dead are reaped.
+fn are_gone(systemd: &Systemd, pids: &BTreeSet<i32>) {
+    wait_for("they are gone", || pids.iter().all(|pid| shell(systemd, &format!("cat /proc/{pid}/comm")).is_empty()));
+}
+
 fn named(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
@@ -93,8 +98,7 @@ fn upgrades(more: &str, flags: &str) {
         assert!(load.saw(&version.to_string(), PATIENCE), "{}", load.so_far());
         // The one before is ended as a whole, and leaves no directory.
         wait_for("the one before is gone", || below(&systemd) == named(&[&name]));
-        let left = before.iter().filter(|pid| !shell(&systemd, &format!("cat /proc/{pid}/comm")).is_empty());
-        assert_eq!(left.count(), 0, "{}", systemd.log());
+        are_gone(&systemd, &before);
         before = daemons(&systemd);
     }
     load.stop().assert_clean();
@@ -104,9 +108,7 @@ fn upgrades(more: &str, flags: &str) {
     assert!(status.contains(&format!("{UNIT}/generation-3-web")), "{status}");
     systemd.must(&["stop", "zddsup@web"]);
     assert_eq!(systemd.show("zddsup@web", "Result"), "success");
-    for pid in daemons(&systemd) {
-        assert_eq!(shell(&systemd, &format!("cat /proc/{pid}/comm")), "", "{}", systemd.log());
-    }
+    are_gone(&systemd, &daemons(&systemd));
     assert_eq!(below(&systemd), named(&[]));
 }
 
@@ -171,9 +173,7 @@ fn the_next_zddsup_finds_a_killed_ones_version_and_its_daemons() {
         let below = below(&systemd);
         below.contains("generation-2-web") && !below.contains("generation-1-web") && !below.contains("generation-9-web")
     });
-    for pid in first {
-        assert_eq!(shell(&systemd, &format!("cat /proc/{pid}/comm")), "", "{}", systemd.log());
-    }
+    are_gone(&systemd, &first);
     load.stop().assert_clean();
 }
 
