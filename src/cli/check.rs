@@ -13,10 +13,11 @@ use procfs::net::TcpState;
 use super::exit::{Exit, Failure};
 use super::text;
 use crate::config::flags::RunFlags;
-use crate::config::{environment, start_directory, ServiceConfig};
+use crate::config::{environment, start_directory, OwnCgroup, ServiceConfig};
 use crate::control::place::{self, Places};
 use crate::listener::address::Address;
 use crate::listener::ListenerSpec;
+use crate::process::cgroup::Delegated;
 use crate::process::identity::Identity;
 use crate::process::program::Program;
 use crate::supervisor;
@@ -60,6 +61,10 @@ fn look(config: &ServiceConfig, here: &Path) -> Vec<Finding> {
     findings.add("program", program(&config.command[0], path_var.as_deref(), &directory));
     if config.user.is_some() || config.group.is_some() {
         findings.add("user", user(config.user.as_deref(), config.group.as_deref()));
+    }
+    if config.cgroup == OwnCgroup::Require {
+        let found = Delegated::find(&config.name, false);
+        findings.add("cgroups", found.map(|delegated| format!("in {}", delegated.directory().display())));
     }
     for spec in &config.listeners {
         listener(&mut findings, spec, here);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::exit::{Exit, Failure};
 use super::text;
 use crate::config::flags::RunFlags;
-use crate::config::{start_directory, Handoff, ServiceConfig};
+use crate::config::{start_directory, Handoff, OwnCgroup, ServiceConfig};
 
 /// Beyond zddsup's own limits: it is to be the one that acts on them.
 const MARGIN: Duration = Duration::from_secs(20);
@@ -37,7 +37,7 @@ fn unit(config: &ServiceConfig, own: &Path, args: &[OsString], here: &Path) -> R
     let start = config.start_timeout.filter(|_| config.canary.is_none()).map(|limit| limit + config.bake);
     let stop = config.drain_timeout.map(|limit| config.lame_duck + limit + config.stop_timeout);
     let (start, stop) = (limit(start), limit(stop));
-    let hardening = hardening(config);
+    let (hardening, delegation) = (hardening(config), delegation(config));
     Ok(format!(
         "\
 # /etc/systemd/system/{name}.service, printed by `zddsup unit`
@@ -62,7 +62,7 @@ Restart=always
 RestartPreventExitStatus=2
 # SIGTERM is zddsup's alone, which lets the service finish; what is left at the end is killed.
 KillMode=mixed
-# More than --start-timeout and --bake, which a reload waits for.
+{delegation}# More than --start-timeout and --bake, which a reload waits for.
 TimeoutStartSec={start}
 # More than --lame-duck, --drain-timeout and --stop-timeout together.
 TimeoutStopSec={stop}
@@ -77,6 +77,21 @@ RuntimeDirectoryPreserve=yes
 WantedBy=multi-user.target
 "
     ))
+}
+
+/// Of the unit's cgroup.
+fn delegation(config: &ServiceConfig) -> &'static str {
+    match config.cgroup {
+        OwnCgroup::Off => "",
+        OwnCgroup::Auto | OwnCgroup::Require => {
+            "\
+# zddsup makes a cgroup below the unit's for each version, out of which no daemon gets. It enables no controller: pids is on
+# in any case, where Delegate=yes would turn on all of them, for the units beside this one too. It takes cgroups that can be
+# written to: no ProtectControlGroups=. Both are the other way round with --cgroup off.
+Delegate=pids
+"
+        }
+    }
 }
 
 /// What the handoff still allows.
@@ -102,6 +117,8 @@ SystemCallFilter=@system-service seccomp pidfd_getfd
     if config.nice.is_some_and(|nice| nice < 0) {
         capabilities += "# For --nice.\nCapabilityBoundingSet=CAP_SYS_NICE\n";
     }
+    // Read-only is what they are made by it.
+    let cgroups = if config.cgroup == OwnCgroup::Off { "ProtectControlGroups=yes\n" } else { "" };
     format!(
         "\
 # Hardening. It is the service's too: leave out what that cannot do with.
@@ -109,8 +126,7 @@ SystemCallFilter=@system-service seccomp pidfd_getfd
 NoNewPrivileges=yes
 LockPersonality=yes
 ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
+{cgroups}ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
@@ -213,12 +229,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn cgroups_are_delegated_or_protected() {
+        let (delegated, off) = (printed(&["--", "server"]), printed(&["--cgroup", "off", "--", "server"]));
+        let has = |unit: &str, start| lines(unit).iter().any(|line| line.starts_with(start));
+        assert!(has(&delegated, "Delegate=") && !has(&delegated, "ProtectControlGroups="), "{delegated}");
+        assert!(!has(&off, "Delegate=") && has(&off, "ProtectControlGroups="), "{off}");
+    }
+
     /// Which is tested under a real systemd.
     #[test]
     fn the_template_is_hardened_in_the_same_way() {
         let template = include_str!("../../systemd/zddsup@.service");
         let unit = printed(&["--", "server"]);
-        let kinds = ["Protect", "Private", "Restrict", "System", "Capability", "NoNew", "Lock", "Kill"];
+        let kinds = ["Delegate", "Protect", "Private", "Restrict", "System", "Capability", "NoNew", "Lock", "Kill"];
         let of = |text| lines(text).into_iter().filter(|line| kinds.iter().any(|kind| line.starts_with(kind)));
         let of = |text| of(text).map(str::to_owned).collect::<std::collections::BTreeSet<_>>();
         assert_eq!(of(template), of(&unit));

@@ -13,7 +13,7 @@ use super::canary::CanaryFlags;
 use super::help;
 use super::ready::Ready;
 use super::values::{self, Rate, Span, UpTo};
-use super::{Drain, EnvFile, Handoff, LogFormat, Switch};
+use super::{Drain, EnvFile, Handoff, LogFormat, OwnCgroup, Switch};
 use crate::core::{Policy, RestartWhen};
 use crate::listener::ListenFlag;
 use crate::process::limits::Limit;
@@ -174,6 +174,10 @@ pub struct RunFlags {
         value_hint = ValueHint::FilePath, help_heading = PROCESS
     )]
     pub env_file: Vec<EnvFile>,
+
+    /// Whether each generation has a cgroup of its own, out of which none of its processes gets
+    #[arg(long, value_enum, default_value_t = OwnCgroup::Auto, help_heading = PROCESS)]
+    pub cgroup: OwnCgroup,
 
     /// Limit a resource, as in nofile=65536, nofile=1024:65536, core=unlimited; repeatable
     #[arg(long, value_name = "RESOURCE=[SOFT:]HARD", help_heading = PROCESS)]

@@ -100,6 +100,8 @@ pub struct ServiceConfig {
     pub env: Vec<(String, String)>,
     /// Files with such variables, read for each generation.
     pub env_files: Vec<EnvFile>,
+    /// Whether each generation has a cgroup of its own.
+    pub cgroup: OwnCgroup,
     /// Its resource limits.
     pub limits: Vec<Limit>,
     /// Its nice value.
@@ -165,6 +167,20 @@ pub enum Drain {
     /// Its connections are watched.
     #[value(help = "The stop signal comes once its last connection is gone, for programs that cannot stop gracefully")]
     Observe,
+}
+
+/// Whether each generation has a cgroup of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OwnCgroup {
+    /// Where zddsup's is delegated.
+    #[value(help = "Where zddsup's own cgroup is marked as delegated (systemd: Delegate=)")]
+    Auto,
+    /// No.
+    #[value(help = "No")]
+    Off,
+    /// Always.
+    #[value(help = "Yes, marked or not: it is zddsup's. Where that cannot be, zddsup does not start")]
+    Require,
 }
 
 /// Environment of other supervisors that is set as well.

@@ -53,6 +53,7 @@ impl RunFlags {
             chdir: self.chdir,
             env: self.env,
             env_files: self.env_file.into_iter().map(|file| EnvFile { path: here.join(file.path), ..file }).collect(),
+            cgroup: self.cgroup,
             limits: self.limit,
             nice: self.nice,
             oom_score_adj: self.oom_score_adj,

@@ -44,6 +44,7 @@ pub fn generation(number: u32, phase: GenerationPhase) -> Generation {
         pid: Some(100),
         phase,
         program: Program { path: PathBuf::from("/srv/web"), sha256: Some("ab".repeat(32)) },
+        cgroup: None,
         age_ms: 4_500,
         connections: Some(12),
         status: None,

@@ -84,6 +84,9 @@ pub struct Generation {
     pub phase: GenerationPhase,
     /// What it runs.
     pub program: Program,
+    /// Its cgroup, where it has one of its own.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
     /// Since its spawn.
     pub age_ms: u64,
     /// Its connections, where they could be counted.

@@ -7,6 +7,10 @@ mod trial;
 
 use std::path::Path;
 
+use crate::process::cgroup::Delegated;
+
+const CGROUPS: &str = "cgroup a generation";
+
 /// What is known of one thing that zddsup does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -65,7 +69,18 @@ pub async fn examine(program: &Path, args: &[&str]) -> Vec<Finding> {
     let mut findings = Findings::default();
     trial::adoption(&mut findings, program, args).await;
     steering::steering(&mut findings);
+    cgroup(&mut findings);
     findings.0
+}
+
+/// A unit's is another one than that of whoever asks: to do without is nothing that is missing.
+fn cgroup(findings: &mut Findings) {
+    match Delegated::find("doctor", true) {
+        Ok(delegated) => findings.add(CGROUPS, Verdict::Works, format!("in {}", delegated.directory().display())),
+        Err(reason) => {
+            findings.add(CGROUPS, Verdict::Note, format!("not where this runs, but process groups: {reason}"));
+        }
+    }
 }
 
 pub use self::trial::be_tried;

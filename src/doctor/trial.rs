@@ -108,6 +108,7 @@ fn launch(program: Program, args: &[&str]) -> Launch {
         program: Arc::new(program),
         recorded: false,
         env: Vec::new(),
+        cgroup: None,
         directory: "/".into(),
         fds: Vec::new(),
         stdout: None,

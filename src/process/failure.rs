@@ -47,6 +47,9 @@ pub enum SpawnError {
     /// The child's process group.
     #[error("cannot make a process group: {0}; is a seccomp filter in the way?")]
     Group(Errno),
+    /// Its cgroup.
+    #[error("cannot enter the cgroup that was made for it: {0}; who else manages it? --cgroup off does without")]
+    Cgroup(Errno),
     /// The fds cannot be moved to their numbers.
     #[error("cannot hand over open file {index}: {errno}; check zddsup's limit of open files (ulimit -n)")]
     Fds {
@@ -202,6 +205,7 @@ pub(super) fn explain(failed: Failed, launch: &Launch, held: bool) -> SpawnError
     };
     match step {
         Step::Group | Step::Signals => SpawnError::Group(errno),
+        Step::Cgroup => SpawnError::Cgroup(errno),
         Step::Duplicate | Step::Place => SpawnError::Fds { index, errno },
         Step::Trap => SpawnError::trap(errno),
         Step::Limit => {

@@ -2,6 +2,7 @@
 //!
 //! A process belongs to it when one of these holds:
 //! - it is in a process group or session that a member leads (the first process leads a group of its own),
+//! - it is in the generation's cgroup, or in one below, where generations have one ([`Cgroup`]): nothing gets out of that,
 //! - it has the generation's marker in its environment (a daemon that called fork and setsid twice still has),
 //! - it is a descendant of one of these,
 //! - it was one before, or was admitted.
@@ -14,6 +15,7 @@
 //! look was no good.
 
 use serde::{Deserialize, Serialize};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -25,6 +27,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::table::{self, Marked, Stat};
 use crate::sys::pidfd::PidFd;
 
@@ -79,6 +82,8 @@ impl Member {
 pub struct Group {
     leader: Member,
     marker: Vec<u8>,
+    #[serde(with = "super::cgroup::recorded", default)]
+    cgroup: Option<Cgroup>,
     known: Mutex<Known>,
 }
 
@@ -111,7 +116,19 @@ impl Group {
     #[must_use]
     pub fn new(leader: Member, marker: &str) -> Self {
         let known = Mutex::new(Known { members: BTreeSet::from([leader]), ..Known::default() });
-        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), known }
+        Group { leader, marker: format!("{MARKER_VAR}={marker}").into_bytes(), cgroup: None, known }
+    }
+
+    /// Which are in this cgroup besides. It is theirs: with the group it is removed.
+    #[must_use]
+    pub fn within(self, cgroup: Option<Cgroup>) -> Self {
+        Group { cgroup, ..self }
+    }
+
+    /// Their cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
     }
 
     /// Its first process, dead or alive.
@@ -134,7 +151,8 @@ impl Group {
             if !found.living.is_empty() {
                 break;
             }
-            if !found.in_doubt {
+            // What the kernel says of all at once: nobody goes from one cgroup to the next meanwhile.
+            if !found.in_doubt && self.cgroup.as_ref().is_none_or(Cgroup::is_empty) {
                 return Ok(true);
             }
         }
@@ -163,6 +181,14 @@ impl Group {
     /// Sends a signal to each of them, and gives to how many. After SIGKILL it looks again for what was forked meanwhile.
     pub fn signal_all(&self, signal: Signal) -> io::Result<usize> {
         let mut told = Told { signal, seen: BTreeSet::new(), sent: 0, refused: None };
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|_| signal == Signal::SIGKILL) {
+            let (living, inside) = (self.look()?.living, cgroup.pids());
+            // Those too that take no signal from us. What follows is for those outside.
+            if cgroup.kill().is_ok() {
+                told.seen.extend(living.into_iter().filter(|member| inside.contains(&member.pid)));
+                told.sent = told.seen.len();
+            }
+        }
         let begin = Instant::now();
         for round in 1.. {
             let found = self.look()?;
@@ -203,6 +229,9 @@ impl Group {
         self.each_young(|pid, stat| {
             young.insert(pid, stat);
         })?;
+        if let Some(cgroup) = &self.cgroup {
+            known.members.extend(inside(cgroup, &mut young));
+        }
         Ok(known.sort_out(self.leader, young, |pid| table::is_marked(pid, &self.marker), Instant::now()))
     }
 
@@ -219,6 +248,16 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// Those in a cgroup, whatever their age. Who has the pid now was looked at first, and is in it then: it is no other one.
+fn inside(cgroup: &Cgroup, young: &mut BTreeMap<i32, Stat>) -> Vec<Member> {
+    for pid in cgroup.pids().into_iter().filter(|&pid| pid != own_pid()) {
+        if let (Entry::Vacant(place), Ok(stat)) = (young.entry(pid), Stat::read(pid)) {
+            place.insert(stat);
+        }
+    }
+    cgroup.pids().iter().filter_map(|pid| young.get(pid)).map(|stat| stat.member).collect()
 }
 
 /// Who was sent a signal.
@@ -332,121 +371,4 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn stat(pid: i32, parent: i32, group: i32, session: i32) -> (i32, Stat) {
-        let member = Member { pid, start_ticks: 10 };
-        (pid, Stat { member, lives: true, of_kernel: false, parent, group, session })
-    }
-
-    const LEADER: Member = Member { pid: 100, start_ticks: 10 };
-
-    fn pids(known: &mut Known, stats: &[(i32, Stat)], marked: &[i32]) -> Vec<i32> {
-        let is_marked = |pid| if marked.contains(&pid) { Marked::Yes } else { Marked::No };
-        let found = known.sort_out(LEADER, stats.iter().copied().collect(), is_marked, Instant::now());
-        found.living.into_iter().map(|member| member.pid).collect()
-    }
-
-    fn known() -> Known {
-        Known { members: BTreeSet::from([LEADER]), ..Known::default() }
-    }
-
-    #[test]
-    fn another_process_with_the_same_pid_is_not_opened() {
-        let own = Member::of(Pid::this()).unwrap();
-        own.open().unwrap();
-        let before = Member { start_ticks: own.start_ticks - 1, ..own };
-        assert!(is_gone(&before.open().unwrap_err()));
-    }
-
-    #[test]
-    fn members_are_found_by_group_parent_and_marker_and_through_each_other() {
-        let stats = [
-            stat(100, 1, 100, 50),
-            stat(101, 100, 100, 50),
-            // Called setsid, and is a child still.
-            stat(102, 101, 102, 102),
-            // An orphan in the session that 102 leads.
-            stat(103, 1, 103, 102),
-            // An orphan with the marker, and its child.
-            stat(104, 1, 104, 104),
-            stat(105, 104, 105, 105),
-            // In zddsup's session, and of another generation.
-            stat(106, 1, 106, 50),
-            stat(107, 106, 106, 50),
-        ];
-        assert_eq!(pids(&mut known(), &stats, &[104]), [100, 101, 102, 103, 104, 105]);
-    }
-
-    #[test]
-    fn one_that_is_dead_does_not_count_and_its_children_do() {
-        let mut leader = stat(100, 1, 100, 50);
-        leader.1.lives = false;
-        assert_eq!(pids(&mut known(), &[leader, stat(101, 100, 101, 101)], &[]), [101]);
-        assert_eq!(pids(&mut known(), &[leader], &[]), [0; 0]);
-    }
-
-    #[test]
-    fn a_member_stays_one() {
-        let mut known = known();
-        assert_eq!(pids(&mut known, &[stat(101, 1, 100, 50), stat(102, 101, 100, 50)], &[]), [101, 102]);
-        // Its parent is gone, and it is in a session of its own with an environment of its own.
-        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102)], &[]), [102]);
-        let mut stranger = stat(102, 1, 102, 102);
-        stranger.1.member.start_ticks = 20;
-        assert_eq!(pids(&mut known, &[stranger], &[]), [0; 0]);
-    }
-
-    #[test]
-    fn a_number_that_others_have_by_now_is_not_ours() {
-        let mut known = known();
-        assert_eq!(pids(&mut known, &[stat(101, 1, 100, 50)], &[]), [101]);
-        // One that got away lives, the group is over …
-        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102)], &[102]), [102]);
-        // … and a stranger gets its number.
-        let mut stranger = stat(100, 1, 100, 50);
-        stranger.1.member.start_ticks = 20;
-        assert_eq!(pids(&mut known, &[stat(102, 1, 102, 102), stranger, stat(108, 100, 100, 50)], &[]), [102]);
-    }
-
-    #[test]
-    fn one_in_the_middle_of_execve_is_looked_at_again() {
-        let mut known = known();
-        let now = Instant::now();
-        let mut look = |marked| known.sort_out(LEADER, BTreeMap::from([stat(102, 1, 102, 102)]), |_| marked, now);
-        for _ in 0..1000 {
-            assert_eq!(look(Marked::Unknown), Found { living: Vec::new(), in_doubt: true });
-        }
-        let member = Member { pid: 102, start_ticks: 10 };
-        assert_eq!(look(Marked::Yes), Found { living: vec![member], in_doubt: false });
-    }
-
-    #[test]
-    fn where_one_died_meanwhile_another_look_is_needed() {
-        let mut known = known();
-        let mut dead = stat(102, own_pid(), 102, 102);
-        dead.1.lives = false;
-        let mut look = |stats: &[(i32, Stat)]| {
-            known.sort_out(LEADER, stats.iter().copied().collect(), |_| Marked::No, Instant::now())
-        };
-        assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: true });
-        // It is not reaped, and says nothing new.
-        assert_eq!(look(&[dead]), Found { living: Vec::new(), in_doubt: false });
-        // Another one's child is that one's business.
-        let mut others = stat(103, 1, 103, 103);
-        others.1.lives = false;
-        assert_eq!(look(&[dead, others]), Found { living: Vec::new(), in_doubt: false });
-    }
-
-    #[test]
-    fn one_that_never_gets_an_environment_is_given_up() {
-        let mut known = known();
-        let others = BTreeMap::from([stat(102, 1, 102, 102)]);
-        let begin = Instant::now();
-        let mut in_doubt = |now| known.sort_out(LEADER, others.clone(), |_| Marked::Unknown, now).in_doubt;
-        assert!(in_doubt(begin));
-        assert!(in_doubt(begin + LONGEST_EXECVE / 2));
-        assert!(!in_doubt(begin + LONGEST_EXECVE));
-    }
-}
+mod tests;

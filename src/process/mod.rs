@@ -8,10 +8,12 @@
 //! | `failure`, `interpreter` | why that did not work, in words |
 //! | [`reaper`] | the one place where children are reaped |
 //! | [`group`], `table` | all processes of a generation, and what `/proc` says of one |
+//! | [`cgroup`] | a cgroup for each generation, where one is delegated |
 //! | [`orphans`] | daemons that hid where they come from |
 //! | [`output`], `capture`, `tail` | the way of a service's stderr |
 
 pub mod capture;
+pub mod cgroup;
 mod failure;
 pub mod group;
 pub mod identity;

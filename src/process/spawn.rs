@@ -42,6 +42,8 @@ pub struct Launch {
     pub args: Vec<OsString>,
     /// Its whole environment.
     pub env: Vec<(OsString, OsString)>,
+    /// Where it enters its cgroup ([`Cgroup::entrance`](super::cgroup::Cgroup::entrance)). None: it stays in zddsup's.
+    pub cgroup: Option<OwnedFd>,
     /// Where it runs; entered as its own user.
     pub directory: PathBuf,
     /// Placed at 3, 4, … in order.
@@ -182,6 +184,7 @@ impl Starting {
             image: if held { Image::Held(program.held()) } else { Image::Path(&path) },
             args: &args,
             env: &env,
+            cgroup: launch.cgroup.as_ref().map(AsFd::as_fd),
             listen_pid: launch.listen_pid,
             fds: &fds,
             limits: &limits,

@@ -228,6 +228,7 @@ async fn exec(command: &str, context: &Context) -> Result<(), WhyNot> {
         recorded: false,
         args: ["sh", "-c", command].map(OsString::from).into(),
         env,
+        cgroup: None,
         directory: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
         fds: Vec::new(),
         stdout: Some(write.try_clone()?),

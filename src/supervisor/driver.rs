@@ -25,6 +25,7 @@ use crate::core::{Action, Answer, End, Event, Finish, GenerationId, Machine, Req
 use crate::drain::connections::Count;
 use crate::handoff::channel::Incoming;
 use crate::listener::Listener;
+use crate::process::cgroup::Delegated;
 use crate::process::limits::Limit;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
@@ -98,6 +99,8 @@ pub struct Driver {
     pub(super) events: broadcast::Sender<control::Event>,
     pub(super) reaper: Reaper,
     pub(super) output: Output,
+    /// Where generations have cgroups of their own.
+    pub(super) cgroups: Option<Delegated>,
     pub(super) nofile: Option<Limit>,
     pub(super) epoch: Instant,
     pub(super) started: SystemTime,

@@ -83,7 +83,7 @@ impl Driver {
         let watch = watch(&pidfd, id, member, end, self.inbox.clone());
         let Some(running) = self.running.get_mut(&id) else { return };
         if running.group.is_none() {
-            running.group = Some(Arc::new(Group::new(member, &running.marker)));
+            running.group = Some(Arc::new(Group::new(member, &running.marker).within(running.cgroup.take())));
         }
         running.main = Some(Main { member, pidfd, watch });
     }

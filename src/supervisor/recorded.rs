@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::core::GenerationId;
+use crate::process::cgroup::RecordedCgroup;
 
 /// Version of the file's format. Another one is not read.
 const FORMAT: u32 = 1;
@@ -37,6 +38,9 @@ pub struct RecordedGeneration {
     pub main_start_ticks: u64,
     /// Its `ZDDSUP_MARKER`.
     pub marker: String,
+    /// Its cgroup.
+    #[serde(default)]
+    pub cgroup: Option<RecordedCgroup>,
     /// What it was doing.
     pub role: Role,
 }
@@ -144,6 +148,7 @@ mod tests {
                 main_pid: 1,
                 main_start_ticks: 2,
                 marker: "m".to_owned(),
+                cgroup: Some(RecordedCgroup { path: "/c".into(), inode: 3 }),
                 role: Role::Serving,
             }],
             vec![RecordedListener {

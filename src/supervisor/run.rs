@@ -25,13 +25,14 @@ use super::store::{Keeping, Store};
 use super::takeover::Orphans;
 use super::upward::Upward;
 use crate::config::ready::{Probe, Scheme};
-use crate::config::{environment, start_directory, ConfigError, EnvError, Ready, ServiceConfig, Switch};
+use crate::config::{environment, start_directory, ConfigError, EnvError, OwnCgroup, Ready, ServiceConfig, Switch};
 use crate::control::server::{self, Server};
 use crate::control::types as control;
 use crate::control::{place, types::Handle};
 use crate::core::{Answer, Finish, Machine, Refusal, Request};
 use crate::listener::inherit::Inherited;
 use crate::listener::{self, BindError, Listener};
+use crate::process::cgroup::{Delegated, NoCgroup};
 use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
@@ -65,6 +66,9 @@ pub enum StartError {
     /// The user or group is unknown.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// Generations were to have cgroups.
+    #[error(transparent)]
+    Cgroup(#[from] NoCgroup),
     /// TLS of probes.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -107,6 +111,7 @@ impl StartError {
 struct Held {
     listeners: Vec<Listener>,
     tls: Option<Tls>,
+    cgroups: Option<Delegated>,
     nofile: Option<limits::Limit>,
     reaper: Reaper,
     output: Output,
@@ -192,13 +197,14 @@ async fn supervise(
             (lock, nofile, listeners, Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?)
         }
     };
+    let cgroups = cgroups(&config)?;
     let _pid_file = config.pid_file.as_deref().map(write_pid_file).transpose()?;
 
     let (commands, mut asked) = mpsc::channel(64);
     let (inbox, mut inputs) = mpsc::unbounded_channel();
     let (events, _) = broadcast::channel(EVENTS_HELD);
     let mut answering = Answering::new(server, Handle { commands, events: events.clone() });
-    let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state") };
+    let held = Held { listeners, tls, cgroups, nofile, reaper, output, state_file: file("state") };
     let mut driver = Driver::new(config, held, inbox, events);
     match state {
         Some(state) => driver.go_on(state),
@@ -246,6 +252,29 @@ pub fn tls(config: &ServiceConfig) -> Result<Option<Tls>, TlsError> {
     }
 }
 
+/// Where generations have cgroups of their own. The name is ours by now: nobody else's are tidied up.
+fn cgroups(config: &ServiceConfig) -> Result<Option<Delegated>, NoCgroup> {
+    if config.cgroup == OwnCgroup::Off {
+        return Ok(None);
+    }
+    match Delegated::find(&config.name, config.cgroup == OwnCgroup::Auto) {
+        Ok(delegated) => {
+            tracing::info!("each generation has a cgroup of its own in {}", delegated.directory().display());
+            delegated.tidy();
+            Ok(Some(delegated))
+        }
+        Err(reason) if config.cgroup == OwnCgroup::Require => Err(reason),
+        Err(reason @ NoCgroup::Unusable { .. }) => {
+            tracing::info!("generations are process groups, though zddsup's cgroup is delegated: {reason}");
+            Ok(None)
+        }
+        Err(reason) => {
+            tracing::debug!("generations are process groups: {reason}");
+            Ok(None)
+        }
+    }
+}
+
 async fn until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -269,7 +298,7 @@ impl Driver {
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
-        let Held { listeners, tls, nofile, reaper, output, state_file } = held;
+        let Held { listeners, tls, cgroups, nofile, reaper, output, state_file } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
@@ -290,6 +319,7 @@ impl Driver {
             events,
             reaper,
             output,
+            cgroups,
             nofile,
             epoch: Instant::now(),
             started: SystemTime::now(),

@@ -10,6 +10,7 @@ use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::core::{End, GenerationId, Source};
 use crate::handoff::channel::Channel;
+use crate::process::cgroup::Cgroup;
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
@@ -38,6 +39,9 @@ pub struct Running {
     pub since: Instant,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
     pub main: Option<Main>,
+    /// Its cgroup, until it has processes: then it is its group's.
+    #[serde(skip)]
+    pub cgroup: Option<Cgroup>,
     /// All of its processes, once there is one.
     pub group: Option<Arc<Group>>,
     /// Where it says READY=1; none for one that was taken over.
@@ -191,6 +195,12 @@ impl Running {
     #[must_use]
     pub fn program_path(&self) -> String {
         self.program.as_ref().map_or_else(String::new, |program| program.path().display().to_string())
+    }
+
+    /// Its cgroup, where it has one.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.group.as_ref().map_or(self.cgroup.as_ref(), |group| group.cgroup())
     }
 
     /// Pid of its main process.

@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use super::driver::{Driver, Input};
 use super::running::{Running, Said, Tasks, Watchdog};
 use super::steered::OneMoreError;
-use crate::config::{environment, EnvError, Handoff};
+use crate::config::{environment, EnvError, Handoff, OwnCgroup};
 use crate::core::{Event, GenerationId, Source};
 use crate::handoff::channel::Channel;
 use crate::process::group::MARKER_VAR;
@@ -57,6 +57,9 @@ pub enum LaunchError {
     /// It cannot have sockets of its own.
     #[error(transparent)]
     Socket(#[from] OneMoreError),
+    /// It was to have a cgroup.
+    #[error("cannot make its cgroup: {0}; --cgroup auto does without")]
+    Cgroup(#[source] std::io::Error),
     /// A socket or pipe for it cannot be made.
     #[error("cannot make its {what}: {source}; is the limit of open files reached?")]
     Fd {
@@ -93,6 +96,7 @@ impl Driver {
             uid: geteuid(),
             since: Instant::now(),
             main: None,
+            cgroup: None,
             group: None,
             notify: None,
             notifier: None,
@@ -157,6 +161,7 @@ impl Driver {
         let (capture, stderr) =
             self.output.capture().map_err(|source| LaunchError::Fd { what: "pipe for stderr", source })?;
         let env = self.environment(running, &recipe, &handed, identity.as_ref(), &notify)?;
+        let cgroup = self.own_cgroup(running)?;
         let expanded: Result<Vec<_>, _> = recipe.args.iter().map(|arg| handed.expand(arg, id)).collect();
         running.capture = Some(capture);
         running.channel = handed.channel.take().map(|(channel, _)| channel);
@@ -166,6 +171,7 @@ impl Driver {
             recorded,
             args: expanded?,
             env,
+            cgroup,
             directory: recipe.directory,
             listen_pid: !handed.names.is_empty(),
             fds: handed.fds,
@@ -178,6 +184,23 @@ impl Driver {
             oom_score_adj: self.config.oom_score_adj,
             trap: self.adopts() && !self.cannot_trap,
         })
+    }
+
+    /// Makes its cgroup, where there are any, and gives its entrance.
+    fn own_cgroup(&self, running: &mut Running) -> Result<Option<OwnedFd>, LaunchError> {
+        let Some(delegated) = &self.cgroups else { return Ok(None) };
+        let made = delegated.make(running.id).and_then(|cgroup| Ok((cgroup.entrance()?, cgroup)));
+        match made {
+            Ok((entrance, cgroup)) => {
+                running.cgroup = Some(cgroup);
+                Ok(Some(entrance))
+            }
+            Err(error) if self.config.cgroup == OwnCgroup::Require => Err(LaunchError::Cgroup(error)),
+            Err(error) => {
+                tracing::warn!(generation = %running.id, "cannot make its cgroup: {error}; it goes without");
+                Ok(None)
+            }
+        }
     }
 
     /// Everything about the program, anew: environment files, PATH, symlinks, working directory.

@@ -114,6 +114,10 @@ impl Driver {
                 path: path.unwrap_or_else(|| self.config.command[0].clone().into()),
                 sha256: running.program.as_ref().and_then(|program| program.sha256()),
             },
+            cgroup: running
+                .cgroup()
+                .filter(|_| phase != GenerationPhase::Retired)
+                .map(|cgroup| cgroup.path().to_owned()),
             age_ms: u64::try_from(running.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             connections: running.connections,
             status: running.said.status.clone(),

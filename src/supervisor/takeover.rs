@@ -20,6 +20,7 @@ use super::running::{Running, Said, Tasks, Watchdog};
 use super::spawning::Recipe;
 use crate::config::environment;
 use crate::core::{GenerationId, Machine, Phase, Source};
+use crate::process::cgroup::Cgroup;
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
@@ -92,11 +93,12 @@ impl Orphans {
 }
 
 impl Orphan {
-    fn find(recorded: RecordedGeneration) -> Option<Orphan> {
+    fn find(mut recorded: RecordedGeneration) -> Option<Orphan> {
         let member = Member { pid: recorded.main_pid, start_ticks: recorded.main_start_ticks };
         let main = member.open().ok().map(|pidfd| (member, pidfd));
         let leader = Member { pid: recorded.pid, start_ticks: recorded.start_ticks };
-        let group = Group::new(leader, &recorded.marker);
+        let cgroup = recorded.cgroup.take().and_then(Cgroup::recorded);
+        let group = Group::new(leader, &recorded.marker).within(cgroup);
         if let Some((member, _)) = &main {
             group.admit(*member);
         }
@@ -195,6 +197,7 @@ impl Driver {
                 uid: geteuid(),
                 since: Instant::now(),
                 main: None,
+                cgroup: None,
                 group: Some(Arc::new(group)),
                 notify: None,
                 notifier: None,
@@ -281,6 +284,7 @@ impl Driver {
             main_pid: main.pid,
             main_start_ticks: main.start_ticks,
             marker: running.marker.clone(),
+            cgroup: running.group.as_ref()?.cgroup().map(Cgroup::record),
             role: match phase {
                 Phase::Canary { .. } => Role::Canary,
                 Phase::Serving { .. } => Role::Serving,

@@ -21,7 +21,7 @@ use nix::libc;
 use nix::sys::resource::{getrlimit, rlim_t, setrlimit, Resource};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::stat::{umask, Mode};
-use nix::unistd::{fork, getpid, setpgid, ForkResult, Gid, Pid, Uid};
+use nix::unistd::{fork, getpid, setpgid, write, ForkResult, Gid, Pid, Uid};
 
 use super::seccomp::Filter;
 
@@ -54,6 +54,8 @@ pub struct Plan<'a> {
     pub args: &'a [CString],
     /// `NAME=value`.
     pub env: &'a [CString],
+    /// `cgroup.procs` of the cgroup that it is put into before anything else. None: zddsup's own.
+    pub cgroup: Option<BorrowedFd<'a>>,
     /// Whether it also gets `LISTEN_PID`, its own pid.
     pub listen_pid: bool,
     /// All that it has open: placed at 0, 1, 2, … in order.
@@ -163,6 +165,10 @@ impl<'a> Child<'a> {
 
     fn steps(&mut self) -> Result<(), Failed> {
         step(Step::Group, setpgid(Pid::from_raw(0), Pid::from_raw(0)))?;
+        if let Some(entrance) = self.plan.cgroup {
+            // 0: who writes (cgroup_procs_write_start in kernel/cgroup/cgroup.c).
+            step(Step::Cgroup, write(entrance, b"0"))?;
+        }
         self.place_fds()?;
         self.close_others();
         self.priorities()?;

@@ -20,3 +20,5 @@ pub mod steer;
 pub mod view;
 #[cfg(feature = "cli")]
 pub mod wait;
+#[cfg(feature = "cli")]
+pub mod xattr;

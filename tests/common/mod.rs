@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // Each test program uses its own part.
 
+pub mod cgroup;
 pub mod load;
 pub mod real;
 

@@ -34,6 +34,7 @@ pub fn launch(program: &Arc<Program>, args: &[&str]) -> Launch {
         recorded: false,
         args: std::iter::once(name).chain(args.iter().map(Into::into)).collect(),
         env: vec![("PATH".into(), "/usr/local/bin:/usr/bin:/bin".into())],
+        cgroup: None,
         directory: "/".into(),
         fds: Vec::new(),
         stdout: None,

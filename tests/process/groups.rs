@@ -131,7 +131,7 @@ async fn emptied(group: &Group) {
 }
 
 /// Reaps until no child is left.
-fn reap_all(reaper: &Reaper) {
+pub fn reap_all(reaper: &Reaper) {
     let peek = nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT;
     while nix::sys::wait::waitid(nix::sys::wait::Id::All, peek).is_ok() {
         reaper.reap();

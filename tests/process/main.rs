@@ -2,6 +2,9 @@
 //!
 //! The reaper reaps every child, so these tests take turns, and no child is made here in any other way.
 
+#[path = "../common/cgroup.rs"]
+mod cgroup;
+mod cgroups;
 mod children;
 mod failures;
 mod groups;

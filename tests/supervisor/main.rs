@@ -3,6 +3,7 @@
 //! | file | what it is about |
 //! |---|---|
 //! | `load` | upgrades under load: nothing fails |
+//! | `cgroups` | a cgroup for each generation |
 //! | `failures` | a new version that fails in any way, and what is reported |
 //! | `storms` | many requests at once, generations that overlap |
 //! | `fresh` | what is resolved anew for each generation |
@@ -28,6 +29,7 @@ mod seen;
 mod stage;
 mod watched;
 
+mod cgroups;
 mod failures;
 mod fresh;
 mod handoff;

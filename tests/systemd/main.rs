@@ -1,5 +1,6 @@
 //! zddsup under a real systemd: the units of `systemd/`, with the paths of the test in the place of the installed ones.
 
+mod cgroups;
 #[path = "../common/mod.rs"]
 mod common;
 mod hardening;

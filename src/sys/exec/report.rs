@@ -17,6 +17,8 @@ use crate::sys::seccomp::Installed;
 pub enum Step {
     /// setpgid(2): a process group of its own.
     Group,
+    /// Writing to `cgroup.procs`.
+    Cgroup,
     /// fcntl(2): every fd to where no target is.
     Duplicate,
     /// dup3(2): every fd to its target.
@@ -43,8 +45,9 @@ pub enum Step {
     Execute,
 }
 
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     Step::Group,
+    Step::Cgroup,
     Step::Duplicate,
     Step::Place,
     Step::Nice,
