@@ -30,6 +30,7 @@ use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
+use crate::process::table;
 use crate::ready::tls::{Tls, TlsError};
 
 /// News that a slow follower may be behind before some are left out.
@@ -73,6 +74,9 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+    /// There is no `/proc`, or another PID namespace's.
+    #[error("cannot use /proc: {0}; zddsup needs that of its own PID namespace: `mount -t proc proc /proc`")]
+    Proc(io::Error),
     /// The kernel refuses something that every supervisor needs.
     #[error("cannot {what}: {source}")]
     System {
@@ -131,6 +135,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     environment::for_generation(&config)?;
     Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
     let tls = tls(&config)?;
+    table::check_own_proc().map_err(StartError::Proc)?;
     let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
