@@ -6,6 +6,8 @@ pub mod exec;
 #[cfg(feature = "cli")]
 pub mod memory;
 #[cfg(feature = "cli")]
+pub mod peek;
+#[cfg(feature = "cli")]
 pub mod pidfd;
 pub mod readiness;
 pub mod scm;
