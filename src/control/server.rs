@@ -19,6 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::unistd::{geteuid, Uid};
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -26,6 +27,9 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::answers::{self, Answers};
 use super::place;
 use super::types::Handle;
+
+/// Given to connections at the end, to say and hear the last.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(1);
 
 /// How much of the supervisor its control socket can have.
 #[derive(Debug, Clone, Copy)]
@@ -195,7 +199,7 @@ impl Server {
         drop(answers);
         let _nobody_follows = ending.send(true);
         let all = async { while connections.join_next().await.is_some() {} };
-        let _cut_off = tokio::time::timeout(Duration::from_secs(1), all).await;
+        let _cut_off = tokio::time::timeout(LONGEST_FAREWELL, all).await;
     }
 }
 
@@ -274,18 +278,32 @@ async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked:
     // One request a connection: there is no idle connection to be counted and timed.
     protocol.keep_alive(false).max_buf_size(limits.header).max_headers(64);
     protocol.timer(TokioTimer::new()).header_read_timeout(limits.time);
-    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service));
+    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service).without_shutdown());
     let done = match tokio::time::timeout(limits.time, &mut served).await {
         Ok(done) => done,
         Err(_too_slow) if streaming.load(Ordering::Relaxed) => served.await,
         Err(_too_slow) => {
-            tracing::debug!("a control connection took too long: closed");
-            Ok(())
+            return tracing::debug!("a control connection took too long: closed");
         }
     };
-    if let Err(error) = done {
-        tracing::debug!("control connection: {error}");
+    match done {
+        Ok(parts) if streaming.load(Ordering::Relaxed) && std::process::id() == 1 => {
+            farewell(parts.io.into_inner()).await;
+        }
+        Ok(_) => {}
+        Err(error) => tracing::debug!("control connection: {error}"),
     }
+}
+
+/// The end of PID 1 is the end of all in its container: whoever followed the events there is to end first, and as it wants.
+async fn farewell(mut stream: UnixStream) {
+    let mut rest = [0; 64];
+    let gone = async {
+        stream.shutdown().await?;
+        while stream.read(&mut rest).await? > 0 {}
+        Ok::<_, io::Error>(())
+    };
+    let _gone_or_slow = tokio::time::timeout(LONGEST_FAREWELL, gone).await;
 }
 
 /// The supervisor's own user, and root.

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 /// Reads from a process' or thread's memory, and gives how much there was. EFAULT: nothing is there.
 ///
-/// By process_vm_readv(2); where a seccomp profile refuses that, as Podman's does, by `/proc/PID/mem`. Both ask for the same
+/// By `process_vm_readv(2)`; where a seccomp profile refuses that, as Podman's does, by `/proc/PID/mem`. Both ask for the same
 /// right (`PTRACE_MODE_ATTACH` in ptrace(2)).
 pub fn read(pid: Pid, at: usize, into: &mut [u8]) -> nix::Result<usize> {
     let remote = RemoteIoVec { base: at, len: into.len() };

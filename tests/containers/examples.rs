@@ -92,6 +92,7 @@ fn probes_ask_for_what_there_is() {
     for probe in ["readinessProbe", "livenessProbe"] {
         parse(&words(&container[probe]["exec"]["command"]));
     }
+    parse(&words(&container["lifecycle"]["preStop"]["exec"]["command"]));
 }
 
 #[test]
@@ -116,8 +117,8 @@ fn start(words: &[String]) -> Option<Running> {
         _ => word.clone(),
     };
     let words: Vec<_> = words[2..].iter().map(here).collect();
-    let mut running = Container::new().tmpfs("/tmp").run(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
-    running.write("env", "VERSION=1\n");
+    let container = Container::new().tmpfs("/tmp").file("env", "VERSION=1\n");
+    let mut running = container.run(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
     running.wait_until_ready();
     Some(running)
 }
@@ -137,7 +138,7 @@ fn the_container_is_upgraded_and_stopped_as_it_says() {
 fn another_config_map_needs_no_other_pod() {
     let Some(kubernetes) = yaml("kubernetes.yaml") else { return };
     let (_, container) = pod(&kubernetes);
-    let Some(running) = start(&words(&container["command"])) else { return };
+    let Some(mut running) = start(&words(&container["command"])) else { return };
     let load = running.load();
     running.write("env", "VERSION=2\n");
     running.must(&["upgrade", "--wait"]);
@@ -145,4 +146,7 @@ fn another_config_map_needs_no_other_pod() {
     let summary = load.stop();
     summary.assert_clean();
     assert_eq!(summary.order(), ["1", "2"]);
+    let hook = words(&container["lifecycle"]["preStop"]["exec"]["command"]);
+    running.must(&hook[1..].iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(running.wait().code(), Some(0), "{}", running.log());
 }

@@ -14,6 +14,9 @@ use stage::Container;
 #[test]
 fn upgrades_under_load_are_asked_for_from_outside_of_it() {
     let Some(mut pod) = Container::new().tmpfs("/tmp").puppet(&[], "--version 1") else { return };
+    let status = pod.init().status().unwrap();
+    assert_eq!((status.capeff, status.capbnd, status.euid, status.egid), (0, Some(0), 1_000_680_000, 0));
+    assert_eq!(status.nspid.unwrap().last(), Some(&1));
     let load = pod.load();
     for version in 2..=4 {
         pod.write("script", &format!("--version {version}\n--ready delay-ms=100"));
@@ -53,11 +56,30 @@ fn an_unmodified_server_is_upgraded_under_load() {
 }
 
 #[test]
+fn a_rootless_container_adopts_as_well() {
+    let server = ["--handoff", "adopt", "--", "/target/examples/puppet", "--bind", "127.0.0.1:8080"];
+    let script = ["--script", "/volume/script"];
+    let container = Container::new().rootless().tmpfs("/tmp").file("script", "--version 1");
+    let Some(mut pod) = container.run(&[&server[..], &script].concat()) else { return };
+    pod.wait_until_ready();
+    assert_eq!(pod.init().status().unwrap().euid, 65534);
+    let load = pod.load();
+    for version in 2..=3 {
+        pod.write("script", &format!("--version {version}"));
+        pod.must(&["upgrade", "--wait"]);
+        assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), pod.log());
+    }
+    load.stop().assert_clean();
+    pod.must(&["stop"]);
+    assert_eq!(pod.wait().code(), Some(0), "{}", pod.log());
+}
+
+#[test]
 fn it_is_not_ready_before_it_serves_nor_while_it_leaves() {
     let flags = ["--ready", "notify", "--lame-duck", "1h"];
     let command = ["--listen", "127.0.0.1:8080", "--", "/target/examples/puppet", "--script", "/volume/script"];
-    let Some(mut pod) = Container::new().run(&[&flags[..], &command].concat()) else { return };
-    pod.write("script", "--version 1\n--ready none");
+    let container = Container::new().file("script", "--version 1\n--ready none");
+    let Some(mut pod) = container.run(&[&flags[..], &command].concat()) else { return };
     pod.wait_until_up();
     wait_for("it answers", || pod.zddsup(&["status"]).status.success());
     let starting = pod.zddsup(&["status", "--ready"]);
@@ -77,8 +99,8 @@ fn it_is_not_ready_before_it_serves_nor_while_it_leaves() {
 fn a_stop_from_inside_drains_before_the_container_ends() {
     let Some(mut pod) = Container::new().puppet(&[], "--version 1\n--drain-ms 1000") else { return };
     let begin = std::time::Instant::now();
-    // It waits for the end of PID 1, and is gone with it.
-    let _killed_with_all_else = pod.zddsup(&["stop"]);
+    // It ends before PID 1 does, which would take it along.
+    assert_eq!(pod.must(&["stop"]), "stopped\n");
     assert_eq!(pod.wait().code(), Some(0), "{}", pod.log());
     assert!(begin.elapsed().as_millis() >= 1000, "{}", pod.log());
 }

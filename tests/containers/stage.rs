@@ -15,7 +15,7 @@ use crate::common::real::{installed, skipped};
 use crate::common::{wait_for, PATIENCE, ZDDSUP};
 
 /// Makes the root and becomes PID 1 in it. $1: the test's directory, $2: that of the programs under test, $3: further mounts
-/// (a script), $4: uid, the rest: the command. The directory of the programs may lie in /tmp, so it is bound first.
+/// (a script), $4: uid, or rootless, the rest: the command. The directory of the programs may lie in /tmp, so it is bound first.
 const BOOT: &str = r#"
 dir=$1 target=$2 mounts=$3 uid=$4
 shift 4
@@ -42,19 +42,23 @@ mount -o remount,bind,ro dev
 mount -o remount,ro .
 pivot_root . old
 exec chroot . sh -ec 'umount -l /old; [ ! -e /no-proc ] || umount /proc
-    cd /; uid=$1; shift
-    exec setsid setpriv --reuid "$uid" --regid 0 --clear-groups --inh-caps=-all --bounding-set=-all \
-        env -i PATH=/usr/bin:/bin "$@"' boot "$uid" "$@"
+    cd /; uid=$1; shift; set -- env -i PATH=/usr/bin:/bin "$@"
+    [ "$uid" = rootless ] && set -- setpriv --reuid 65534 --regid 65534 --clear-groups unshare --user --map-root-user "$@" ||
+        set -- setpriv --reuid "$uid" --regid 0 --clear-groups --inh-caps=-all --bounding-set=-all "$@"
+    exec setsid "$@"' boot "$uid" "$@"
 "#;
 
 /// An uid that is in no /etc/passwd, as OpenShift chooses one.
 const UID: &str = "1000680000";
+
+const ROOTLESS: &str = "rootless";
 
 /// What the container is like.
 pub struct Container {
     mounts: String,
     uid: &'static str,
     env: Vec<String>,
+    files: Vec<(&'static str, String)>,
 }
 
 /// A container at work.
@@ -69,7 +73,7 @@ pub struct Running {
 impl Container {
     /// Nothing but /dev/shm can be written to; of an uid that nobody knows.
     pub fn new() -> Container {
-        Container { mounts: String::new(), uid: UID, env: Vec::new() }
+        Container { mounts: String::new(), uid: UID, env: Vec::new(), files: Vec::new() }
     }
 
     /// With a tmpfs for everybody there.
@@ -87,6 +91,18 @@ impl Container {
     /// As root, without any capability.
     pub fn root(mut self) -> Container {
         self.uid = "0";
+        self
+    }
+
+    /// As root of a user namespace that an ordinary user made, as rootless engines do.
+    pub fn rootless(mut self) -> Container {
+        self.uid = ROOTLESS;
+        self
+    }
+
+    /// With a file in its volume.
+    pub fn file(mut self, name: &'static str, text: &str) -> Container {
+        self.files.push((name, text.to_owned()));
         self
     }
 
@@ -116,6 +132,9 @@ impl Container {
         }
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("volume")).unwrap();
+        for (name, text) in &self.files {
+            fs::write(dir.path().join("volume").join(name), text).unwrap();
+        }
         let log = fs::File::create(dir.path().join("log")).unwrap();
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).args(namespaces).args(["sh", "-ec", BOOT, "boot"]);
@@ -129,8 +148,8 @@ impl Container {
     #[must_use]
     pub fn puppet(self, flags: &[&str], script: &str) -> Option<Running> {
         let command = ["--", "/target/examples/puppet", "--script", "/volume/script"];
-        let mut running = self.run(&[&["--listen", "127.0.0.1:8080"], flags, &command].concat())?;
-        running.write("script", script);
+        let container = self.file("script", script);
+        let mut running = container.run(&[&["--listen", "127.0.0.1:8080"], flags, &command].concat())?;
         running.wait_until_ready();
         Some(running)
     }
@@ -161,9 +180,14 @@ impl Running {
     #[must_use]
     pub fn command(&self, program: &str, args: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--mount", "--pid", "--net", "--uts", "--ipc", "--"]);
-        command.args(["setpriv", "--reuid", self.uid, "--regid", "0", "--clear-groups", "--bounding-set=-all"]);
-        command.args(["--inh-caps=-all", "env", "-i", "PATH=/usr/bin:/bin"]).args(&self.env);
+        command.args(["--target", &self.init.to_string(), "--mount", "--pid", "--net", "--uts", "--ipc"]);
+        if self.uid == ROOTLESS {
+            command.args(["--user", "--setuid=0", "--setgid=0", "--"]);
+        } else {
+            command.args(["--", "setpriv", "--reuid", self.uid, "--regid", "0", "--clear-groups"]);
+            command.args(["--bounding-set=-all", "--inh-caps=-all"]);
+        }
+        command.args(["env", "-i", "PATH=/usr/bin:/bin"]).args(&self.env);
         command.arg(program).args(args).stdin(Stdio::null());
         command
     }
