@@ -48,7 +48,7 @@ exec chroot . sh -ec 'umount -l /old; [ ! -e /no-proc ] || umount /proc
     exec setsid "$@"' boot "$uid" "$@"
 "#;
 
-/// An uid that is in no /etc/passwd, as OpenShift chooses one.
+/// An uid that is in no `/etc/passwd`, as `OpenShift` chooses one.
 const UID: &str = "1000680000";
 
 const ROOTLESS: &str = "rootless";
@@ -78,7 +78,9 @@ impl Container {
 
     /// With a tmpfs for everybody there.
     pub fn tmpfs(mut self, path: &str) -> Container {
-        self.mounts += &format!("mount -t tmpfs -o mode=1777 none .{path}\n");
+        self.mounts += "mount -t tmpfs -o mode=1777 none .";
+        self.mounts += path;
+        self.mounts += "\n";
         self
     }
 
