@@ -41,6 +41,23 @@ fn a_volume_that_is_named_is_taken_also_one_that_all_may_write_to() {
 }
 
 #[test]
+fn what_a_killed_container_left_on_a_volume_does_not_hinder_the_next_one() {
+    use std::os::unix::fs::PermissionsExt;
+    let volume = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(volume.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let container = || Container::new().mounts(&format!("mount --bind {} tmp\n", volume.path().display()));
+    for _ in 0..3 {
+        let Some(mut pod) = container().puppet(&[], "--version 1") else { return };
+        // Nobody is taken over: whoever had these pids is gone.
+        assert!(pod.must(&["status", "--ready"]).contains("generation 1 serves"), "{}", pod.log());
+        pod.signal(nix::sys::signal::Signal::SIGKILL);
+        assert!(!pod.wait().success());
+        let left = volume.path().join("zddsup-1000680000");
+        assert!(["sock", "state", "lock"].iter().all(|ending| left.join(format!("puppet.{ending}")).exists()));
+    }
+}
+
+#[test]
 fn a_directory_of_somebody_else_is_not_used() {
     let trap = "mkdir -m 777 tmp/zddsup-1000680000\n";
     let Some(pod) = Container::new().tmpfs("/tmp").mounts(trap).puppet(&[], "--version 1") else { return };
