@@ -28,9 +28,6 @@ use super::answers::{self, Answers};
 use super::place;
 use super::types::Handle;
 
-/// Given to connections at the end, to say and hear the last.
-const LONGEST_FAREWELL: Duration = Duration::from_secs(1);
-
 /// How much of the supervisor its control socket can have.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -198,8 +195,14 @@ impl Server {
         drop(self.file);
         drop(answers);
         let _nobody_follows = ending.send(true);
-        let all = async { while connections.join_next().await.is_some() {} };
-        let _cut_off = tokio::time::timeout(LONGEST_FAREWELL, all).await;
+        let all = async {
+            while let Some(done) = connections.join_next().await {
+                if let (Ok(Some(stream)), 1) = (done, std::process::id()) {
+                    let _gone_or_broken = farewell(stream).await;
+                }
+            }
+        };
+        let _cut_off = tokio::time::timeout(Duration::from_secs(1), all).await;
     }
 }
 
@@ -257,8 +260,13 @@ async fn accept(listener: &tokio::net::UnixListener, room: Option<Instant>) -> i
     listener.accept().await.map(|(stream, _)| stream)
 }
 
-/// One connection, one request.
-async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked: Arc<AtomicBool>) {
+/// One connection, one request. What is left of it, if that was a stream of events.
+async fn connection(
+    stream: UnixStream,
+    answers: Answers,
+    limits: Limits,
+    asked: Arc<AtomicBool>,
+) -> Option<UnixStream> {
     let peer = stream.peer_cred().map(|peer| Uid::from_raw(peer.uid()));
     let streaming = Arc::new(AtomicBool::new(false));
     let service = service_fn(|request| {
@@ -283,27 +291,25 @@ async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked:
         Ok(done) => done,
         Err(_too_slow) if streaming.load(Ordering::Relaxed) => served.await,
         Err(_too_slow) => {
-            return tracing::debug!("a control connection took too long: closed");
+            tracing::debug!("a control connection took too long: closed");
+            return None;
         }
     };
     match done {
-        Ok(parts) if streaming.load(Ordering::Relaxed) && std::process::id() == 1 => {
-            farewell(parts.io.into_inner()).await;
+        Ok(parts) => streaming.load(Ordering::Relaxed).then(|| parts.io.into_inner()),
+        Err(error) => {
+            tracing::debug!("control connection: {error}");
+            None
         }
-        Ok(_) => {}
-        Err(error) => tracing::debug!("control connection: {error}"),
     }
 }
 
 /// The end of PID 1 is the end of all in its container: whoever followed the events there is to end first, and as it wants.
-async fn farewell(mut stream: UnixStream) {
+async fn farewell(mut stream: UnixStream) -> io::Result<()> {
+    stream.shutdown().await?;
     let mut rest = [0; 64];
-    let gone = async {
-        stream.shutdown().await?;
-        while stream.read(&mut rest).await? > 0 {}
-        Ok::<_, io::Error>(())
-    };
-    let _gone_or_slow = tokio::time::timeout(LONGEST_FAREWELL, gone).await;
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
 }
 
 /// The supervisor's own user, and root.
