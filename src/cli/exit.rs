@@ -121,7 +121,7 @@ impl Failure {
             Failure::Refused(_) => Exit::Refused,
             // As `zddsup status | head` is meant.
             Failure::ReaderGone => Exit::Done,
-            Failure::Place(PlaceError::Directory { .. }) | Failure::System { .. } => Exit::Failed,
+            Failure::Place(PlaceError::Directory(_)) | Failure::System { .. } => Exit::Failed,
             Failure::Said { exit, .. } => *exit,
         }
     }

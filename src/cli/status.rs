@@ -12,7 +12,7 @@ use super::target::{self, Target};
 use super::wait::before;
 use super::{text, verdict};
 use crate::control::client::{Client, ClientError};
-use crate::control::types::{Generation, Status, UpgradeReport};
+use crate::control::types::{Generation, ServicePhase, Status, UpgradeReport};
 
 /// Which service, and in which form.
 #[derive(Debug, Clone, clap::Args)]
@@ -25,7 +25,7 @@ pub struct Flags {
     /// Again whenever something happens
     #[arg(short, long, conflicts_with = "ready")]
     watch: bool,
-    /// Exit with 0 only when a generation serves (for probes)
+    /// Exit with 0 only when a generation serves, and is to (not in the lame duck time): for readiness probes
     #[arg(long)]
     ready: bool,
 }
@@ -45,8 +45,13 @@ pub fn run(flags: &Flags) -> Result<Exit, Failure> {
         } else {
             text::print(&tables(&status, SystemTime::now()))?;
         }
-        Ok(if flags.ready && status.serving.is_none() { Exit::Failed } else { Exit::Done })
+        Ok(if flags.ready && !is_ready(&status) { Exit::Failed } else { Exit::Done })
     })
+}
+
+/// Whether new connections are to come. In the lame duck time they are served, and are to go elsewhere.
+fn is_ready(status: &Status) -> bool {
+    status.serving.is_some() && !matches!(status.phase, ServicePhase::LameDuck | ServicePhase::Stopping)
 }
 
 /// Draws it anew at each event; on a terminal each second too, for the ages.

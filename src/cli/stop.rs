@@ -78,6 +78,12 @@ async fn stop(client: &Client, flags: &Flags, progress: &mut Progress) -> Result
             Ok(Err(error)) => return Err(error.into()),
         }
     }
+    if events.supervisor() == Some(1) {
+        // PID 1 of this container. It takes this process with it, but waits for it as long as the connection is there.
+        progress.clear();
+        text::print("stopped\n")?;
+        std::process::exit(Exit::Done.code().into());
+    }
     if let Some(process) = process {
         let ended = before(deadline, process.exited()).await.ok_or_else(late)?;
         ended.map_err(|source| Failure::System { step: "watch the supervisor end", source })?;

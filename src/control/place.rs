@@ -5,6 +5,7 @@
 //! | whoever has an `XDG_RUNTIME_DIR` | `$XDG_RUNTIME_DIR/zddsup` |
 //! | root | `/run/zddsup` |
 //! | else | `/tmp/zddsup-UID` |
+//! | a container without any of these | `/dev/shm/zddsup-UID`, which is writable where the root is not |
 //!
 //! A supervisor takes the first that it can have; the command line looks in all of them.
 
@@ -14,7 +15,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{geteuid, Uid};
+use nix::unistd::{access, geteuid, AccessFlags, Uid};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Directories in which one user's control sockets may be, the preferred one first.
@@ -37,13 +38,8 @@ pub struct Found {
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// None of the directories can be had.
-    #[error("cannot use {path:?} for the control socket: {source}; set XDG_RUNTIME_DIR to a directory of your own, or give --control PATH")]
-    Directory {
-        /// The last that was tried.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error("no directory for the control socket can be had ({}); set XDG_RUNTIME_DIR to a directory of your own, or mount a tmpfs at /tmp", tried(.0))]
+    Directory(Vec<(PathBuf, io::Error)>),
     /// It cannot be a file's name.
     #[error(
         "{0:?} cannot be a service's name: it needs 1 to 64 letters, digits, '-', '_' or '.', and no '.' at its begin"
@@ -70,6 +66,10 @@ pub enum PlaceError {
     Several(Vec<String>),
 }
 
+fn tried(failed: &[(PathBuf, io::Error)]) -> String {
+    failed.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect::<Vec<_>>().join(", ")
+}
+
 fn others(running: &[String]) -> String {
     if running.is_empty() {
         String::new()
@@ -93,7 +93,7 @@ impl Places {
         if owner.is_root() {
             directories.push(PathBuf::from("/run/zddsup"));
         }
-        directories.push(PathBuf::from(format!("/tmp/zddsup-{owner}")));
+        directories.extend(["/tmp", "/dev/shm"].map(|path| PathBuf::from(format!("{path}/zddsup-{owner}"))));
         Places { owner, directories }
     }
 
@@ -103,15 +103,14 @@ impl Places {
     /// own notify socket in there by name; every file in it has a mode of its own.
     pub fn make(&self) -> Result<PathBuf, PlaceError> {
         let mode = if self.owner.is_root() { 0o711 } else { 0o700 };
-        let mut failed = None;
+        let mut failed = Vec::new();
         for path in &self.directories {
-            match make_directory(path, mode).and_then(|()| self.check(path)) {
+            match make_directory(path, mode).and_then(|()| self.check(path)).and_then(|()| is_writable(path)) {
                 Ok(()) => return Ok(path.clone()),
-                Err(source) => failed = Some(PlaceError::Directory { path: path.clone(), source }),
+                Err(why) => failed.push((path.clone(), why)),
             }
         }
-        Err(failed
-            .unwrap_or_else(|| PlaceError::Directory { path: PathBuf::new(), source: io::ErrorKind::NotFound.into() }))
+        Err(PlaceError::Directory(failed))
     }
 
     /// That nobody but its owner can put a socket in there.
@@ -212,6 +211,11 @@ pub(super) fn make_directory(path: &Path, mode: u32) -> io::Result<()> {
     }
 }
 
+/// A directory may be there, be ours, and lie in an image that is mounted read-only.
+fn is_writable(path: &Path) -> io::Result<()> {
+    Ok(access(path, AccessFlags::W_OK | AccessFlags::X_OK)?)
+}
+
 /// Whether somebody listens on a Unix socket. Never waits.
 #[must_use]
 pub fn is_alive(path: &Path) -> bool {
@@ -236,9 +240,13 @@ mod tests {
     fn the_runtime_directory_comes_first_where_there_is_one() {
         let dir = tempfile::tempdir().unwrap();
         let some = Places::of(Uid::from_raw(1000), Some(dir.path().as_os_str()));
-        assert_eq!(some.directories, [dir.path().join("zddsup"), PathBuf::from("/tmp/zddsup-1000")]);
+        assert_eq!(
+            some.directories,
+            [dir.path().join("zddsup"), PathBuf::from("/tmp/zddsup-1000"), PathBuf::from("/dev/shm/zddsup-1000"),]
+        );
         let none = Places::of(Uid::from_raw(0), Some(dir.path().join("gone").as_os_str()));
-        assert_eq!(none.directories, [PathBuf::from("/run/zddsup"), PathBuf::from("/tmp/zddsup-0")]);
+        let expected = ["/run/zddsup", "/tmp/zddsup-0", "/dev/shm/zddsup-0"].map(PathBuf::from);
+        assert_eq!(none.directories, expected);
     }
 
     #[test]

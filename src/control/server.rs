@@ -20,6 +20,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::unistd::{geteuid, Uid};
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -233,7 +234,13 @@ impl Server {
         };
         drop(answers);
         let _nobody_follows = ending.send(true);
-        let all = async { while connections.join_next().await.is_some() {} };
+        let all = async {
+            while let Some(done) = connections.join_next().await {
+                if let (Ok(Some(stream)), 1) = (done, std::process::id()) {
+                    let _gone_or_broken = farewell(stream).await;
+                }
+            }
+        };
         let _cut_off = tokio::time::timeout(Duration::from_secs(1), all).await;
         server
     }
@@ -293,8 +300,13 @@ async fn accept(listener: &tokio::net::UnixListener, room: Option<Instant>) -> i
     listener.accept().await.map(|(stream, _)| stream)
 }
 
-/// One connection, one request.
-async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked: Arc<AtomicBool>) {
+/// One connection, one request. What is left of it, if that was a stream of events.
+async fn connection(
+    stream: UnixStream,
+    answers: Answers,
+    limits: Limits,
+    asked: Arc<AtomicBool>,
+) -> Option<UnixStream> {
     let peer = stream.peer_cred().map(|peer| Uid::from_raw(peer.uid()));
     let streaming = Arc::new(AtomicBool::new(false));
     let service = service_fn(|request| {
@@ -314,18 +326,30 @@ async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked:
     // One request a connection: there is no idle connection to be counted and timed.
     protocol.keep_alive(false).max_buf_size(limits.header).max_headers(64);
     protocol.timer(TokioTimer::new()).header_read_timeout(limits.time);
-    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service));
+    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service).without_shutdown());
     let done = match tokio::time::timeout(limits.time, &mut served).await {
         Ok(done) => done,
         Err(_too_slow) if streaming.load(Ordering::Relaxed) => served.await,
         Err(_too_slow) => {
             tracing::debug!("a control connection took too long: closed");
-            Ok(())
+            return None;
         }
     };
-    if let Err(error) = done {
-        tracing::debug!("control connection: {error}");
+    match done {
+        Ok(parts) => streaming.load(Ordering::Relaxed).then(|| parts.io.into_inner()),
+        Err(error) => {
+            tracing::debug!("control connection: {error}");
+            None
+        }
     }
+}
+
+/// The end of PID 1 is the end of all in its container: whoever followed the events there is to end first, and as it wants.
+async fn farewell(mut stream: UnixStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut rest = [0; 64];
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
 }
 
 /// The supervisor's own user, and root.

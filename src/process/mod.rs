@@ -7,7 +7,7 @@
 //! | [`spawn`] | fork, all that a process is to be, execve |
 //! | `failure`, `interpreter` | why that did not work, in words |
 //! | [`reaper`] | the one place where children are reaped |
-//! | [`group`], `table` | all processes of a generation, and what `/proc` says of one |
+//! | [`group`], [`table`] | all processes of a generation, and what `/proc` says of one |
 //! | [`cgroup`] | a cgroup for each generation, where one is delegated |
 //! | [`orphans`] | daemons that hid where they come from |
 //! | [`output`], `capture`, `tail` | the way of a service's stderr |
@@ -24,5 +24,5 @@ pub mod output;
 pub mod program;
 pub mod reaper;
 pub mod spawn;
-mod table;
+pub mod table;
 mod tail;

@@ -12,7 +12,6 @@ use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, Resource};
 use nix::sys::signal::{kill, Signal};
 use nix::sys::stat::{fstat, Mode, SFlag};
-use nix::sys::uio::{process_vm_readv, RemoteIoVec};
 use nix::unistd::{fchown, Pid};
 use tokio::io::Interest;
 use tokio::sync::oneshot;
@@ -27,6 +26,7 @@ use super::program::Program;
 use super::reaper::Reaper;
 use crate::core::End;
 use crate::sys::exec::{self, Credentials, Failed, Forked, Image, Plan, Report};
+use crate::sys::peek;
 use crate::sys::pidfd::PidFd;
 use crate::sys::readiness::Awaited;
 use crate::sys::seccomp::{Filter, Installed, Notifier};
@@ -215,8 +215,7 @@ impl Starting {
         let Some((_, pidfd)) = &self.held else { return Ok(()) };
         let copied = pidfd.take_fd(0).map(drop).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)));
         // Nothing is ever there: EFAULT is permission enough.
-        let nowhere = RemoteIoVec { base: 1, len: 1 };
-        let read = process_vm_readv(self.pid, &mut [io::IoSliceMut::new(&mut [0])], &[nowhere]).map(drop);
+        let read = peek::read(self.pid, 1, &mut [0]).map(drop);
         for (call, result) in [("pidfd_getfd(2)", copied), ("process_vm_readv(2)", read)] {
             if let Err(errno @ (Errno::EPERM | Errno::EACCES | Errno::ENOSYS)) = result {
                 return Err(SpawnError::Look { call, errno });

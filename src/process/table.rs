@@ -3,6 +3,8 @@
 use std::fs;
 use std::io::{self, Read};
 
+use nix::unistd::Pid;
+
 use super::group::Member;
 
 /// `PF_KTHREAD` among a process' flags (include/linux/sched.h).
@@ -51,6 +53,15 @@ impl Stat {
             session: field(6)?.parse().ok()?,
         })
     }
+}
+
+/// That `/proc` is there, and that of our own PID namespace: without it zddsup is blind.
+pub fn check_own_proc() -> io::Result<()> {
+    let found = fs::read_link("/proc/self")?;
+    if found.as_os_str() == Pid::this().to_string().as_str() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("it calls this process {}, which is process {}", found.display(), Pid::this())))
 }
 
 /// Whether a process was started with a variable.

@@ -37,6 +37,7 @@ use crate::process::identity::{Identity, IdentityError};
 use crate::process::limits;
 use crate::process::output::Output;
 use crate::process::reaper::Reaper;
+use crate::process::table;
 use crate::ready::tls::{Tls, TlsError};
 
 /// News that a slow follower may be behind before some are left out.
@@ -86,6 +87,9 @@ pub enum StartError {
         /// Why not.
         source: io::Error,
     },
+    /// There is no `/proc`, or another PID namespace's.
+    #[error("cannot use /proc: {0}; zddsup needs that of its own PID namespace: `mount -t proc proc /proc`")]
+    Proc(io::Error),
     /// The kernel refuses something that every supervisor needs.
     #[error("cannot {what}: {source}")]
     System {
@@ -173,6 +177,7 @@ async fn supervise(
         Identity::resolve(config.user.as_deref(), config.group.as_deref())?;
     }
     let tls = tls(&config)?;
+    table::check_own_proc().map_err(StartError::Proc)?;
     let reaper = Reaper::new();
     reaper.become_subreaper().map_err(system("become the reaper of orphans"))?;
     let signals = Signals::new().map_err(system("listen to signals"))?;

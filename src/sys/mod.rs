@@ -8,6 +8,8 @@ pub mod fds;
 #[cfg(feature = "cli")]
 pub mod memory;
 #[cfg(feature = "cli")]
+pub mod peek;
+#[cfg(feature = "cli")]
 pub mod pidfd;
 pub mod readiness;
 pub mod scm;

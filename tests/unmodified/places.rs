@@ -15,7 +15,8 @@ use crate::stage::{upgrade_under_load, Site};
 /// Runs the rest of its arguments under a filter that lets one system call fail with EPERM, as a container's profile does.
 const FORBID: &str = "
 import ctypes, os, struct, sys
-number = {'pidfd_getfd': 438, 'seccomp': {'x86_64': 317, 'aarch64': 277}[os.uname().machine]}[sys.argv[1]]
+numbers = {'x86_64': (317, 310), 'aarch64': (277, 270)}[os.uname().machine]
+number = dict(zip(('seccomp', 'process_vm_readv'), numbers), pidfd_getfd=438)[sys.argv[1]]
 code = b''.join(struct.pack('HBBI', *one) for one in [(0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)])
 room = ctypes.create_string_buffer(code)
 program = struct.pack('HxxxxxxP', len(code) // 8, ctypes.addressof(room))
@@ -113,6 +114,23 @@ fn where_calls_cannot_be_understood_auto_goes_without_and_adopt_is_an_error() {
         assert!(load.more(20, PATIENCE));
         load.stop().assert_clean();
     }
+}
+
+/// As Podman's profile has it: memory is read by /proc/PID/mem then.
+#[test]
+fn where_process_vm_readv_is_forbidden_nothing_is_missing() {
+    says(&doctor(&forbid("process_vm_readv")), 0, &["ok       catch bind and listen"]);
+    let site = Site::new();
+    let (puppet, address) = (puppet(), site.address.to_string());
+    let command = ["--handoff", "adopt", "--", &puppet, "--bind", &address, "--version", "1"];
+    let supervisor = Setup::within(site.dir.clone(), command).through(&forbid("process_vm_readv")).start();
+    let load = Load::start(site.load());
+    assert!(load.more(20, PATIENCE), "{}\n{}", load.so_far(), supervisor.log());
+    for _ in 0..2 {
+        supervisor.upgrade();
+        assert!(load.more(20, PATIENCE));
+    }
+    load.stop().assert_clean();
 }
 
 /// The kernel allows one such filter in a process' ancestry.

@@ -5,16 +5,16 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
-use nix::sys::uio::{process_vm_readv, RemoteIoVec};
 use nix::unistd::Pid;
 
+use crate::sys::peek;
 use crate::sys::pidfd::PidFd;
 use crate::sys::seccomp::{Notification, Notifier};
 use crate::sys::view::View;
@@ -77,7 +77,7 @@ pub enum LookError {
         /// Why not.
         source: io::Error,
     },
-    /// `process_vm_readv(2)`.
+    /// `process_vm_readv(2)` and `/proc/PID/mem`.
     #[error(
         "cannot read the memory of process {pid}: {source}; run zddsup as root, or as the service's user with a \
          service that may be traced (ptrace(2)); in a container, add CAP_SYS_PTRACE"
@@ -172,8 +172,7 @@ impl<'a> Caller<'a> {
             _ => return Ok(Address::Other),
         };
         let mut bytes = [0; LONGEST];
-        let here = &mut [IoSliceMut::new(&mut bytes[..length])];
-        let read = process_vm_readv(Pid::from_raw(self.tid), here, &[RemoteIoVec { base: at, len: length }]);
+        let read = peek::read(Pid::from_raw(self.tid), at, &mut bytes[..length]);
         self.still_waits()?;
         match read {
             Ok(read) if read == length => Ok(parse(&bytes[..length])),
