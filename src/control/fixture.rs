@@ -8,7 +8,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::client::Client;
-use super::server::{Limits, Server};
+use super::server::{End, Limits, Server};
 use super::types::{
     Command, Event, Generation, GenerationPhase, Handle, Listener, Program, Proof, Reply, Request, ServicePhase,
     Status, Supervisor, UpgradeKind, UpgradeReport, UpgradeResult,
@@ -83,7 +83,7 @@ pub struct Fake {
     /// What it was asked, but for the status.
     pub asked: Arc<Mutex<Vec<Command>>>,
     end: Option<oneshot::Sender<()>>,
-    server: JoinHandle<()>,
+    server: JoinHandle<Option<Server>>,
     directory: tempfile::TempDir,
 }
 
@@ -98,6 +98,7 @@ impl Fake {
         let (end, ended) = oneshot::channel::<()>();
         let serving = Server::bind(&path).unwrap().limited(limits).serve(handle, async {
             let _ended_or_dropped = ended.await;
+            End::Leave
         });
         let server = tokio::spawn(serving);
         let (status, asked) = (Arc::new(Mutex::new(status())), Arc::new(Mutex::new(Vec::new())));

@@ -461,6 +461,7 @@ mod kind {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use socket2::Type;
 
+    #[allow(clippy::trivially_copy_pass_by_ref)] // As serde calls it.
     pub fn serialize<S: Serializer>(kind: &Type, to: S) -> Result<S::Ok, S::Error> {
         i32::from(*kind).serialize(to)
     }

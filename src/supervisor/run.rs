@@ -18,7 +18,7 @@ use super::ending::describe;
 use super::instance::{Lock, LockError, PidFile};
 use super::replacing;
 use super::replacing::start::{Left, LeftError};
-use super::replacing::state::{Begin, State};
+use super::replacing::state::State;
 use super::reports::Reports;
 use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
@@ -186,22 +186,20 @@ async fn supervise(
     let name = config.name.clone();
     let file = |ending| directory.join(format!("{name}.{ending}"));
     let mut orphans = Orphans::default();
-    let (lock, nofile, listeners, server) = match gone_on {
-        Some(Begin { lock, control, control_path, nofile, passed, bound }) => (
-            Lock::resume(lock).map_err(system("keep the lock"))?,
-            nofile,
-            listener::open_from(passed, &config.listeners, bound)?,
-            Server::resume(control, control_path)?,
-        ),
-        None => {
-            let nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
-            let lock = Lock::take(&file("lock"), &config.name)?;
-            orphans = Orphans::find(&file("state"));
-            let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
-            config.check_listeners(&listeners)?;
-            (lock, nofile, listeners, Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?)
-        }
-    };
+    let (lock, nofile, listeners, server);
+    if let Some(begin) = gone_on {
+        lock = Lock::resume(begin.lock).map_err(system("keep the lock"))?;
+        nofile = begin.nofile;
+        listeners = listener::open_from(begin.passed, &config.listeners, begin.bound)?;
+        server = Server::resume(begin.control, begin.control_path)?;
+    } else {
+        nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
+        lock = Lock::take(&file("lock"), &config.name)?;
+        orphans = Orphans::find(&file("state"));
+        listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
+        config.check_listeners(&listeners)?;
+        server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
+    }
     let cgroups = cgroups(&config)?;
     let _pid_file = config.pid_file.as_deref().map(write_pid_file).transpose()?;
 

@@ -214,6 +214,7 @@ mod uid {
     use nix::unistd::Uid;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+    #[allow(clippy::trivially_copy_pass_by_ref)] // As serde calls it.
     pub fn serialize<S: Serializer>(uid: &Uid, to: S) -> Result<S::Ok, S::Error> {
         uid.as_raw().serialize(to)
     }

@@ -1,7 +1,7 @@
 //! Open files that outlive execve(2), known by their numbers.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Takes fds that whoever executed this process left open for it, and closes them on the next execve(2).
 ///
@@ -24,8 +24,8 @@ pub fn take(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
 ///
 /// # Errors
 /// EBADF: one of them is not open.
-pub fn keep_over_exec(fds: &[impl AsRawFd], keep: bool) -> io::Result<()> {
-    fds.iter().try_for_each(|fd| set_flags(fd.as_raw_fd(), if keep { 0 } else { libc::FD_CLOEXEC }))
+pub fn keep_over_exec(numbers: &[RawFd], keep: bool) -> io::Result<()> {
+    numbers.iter().try_for_each(|&number| set_flags(number, if keep { 0 } else { libc::FD_CLOEXEC }))
 }
 
 fn set_flags(number: RawFd, flags: libc::c_int) -> io::Result<()> {
@@ -40,15 +40,15 @@ fn set_flags(number: RawFd, flags: libc::c_int) -> io::Result<()> {
 mod tests {
     use super::*;
     use nix::fcntl::{fcntl, FcntlArg};
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{AsRawFd, IntoRawFd};
 
     #[test]
     fn are_kept_and_taken() {
         let (read, write) = nix::unistd::pipe().unwrap();
         let flags = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_GETFD).unwrap();
-        keep_over_exec(&[&read], false).unwrap();
+        keep_over_exec(&[read.as_raw_fd()], false).unwrap();
         assert_eq!(flags(&read), libc::FD_CLOEXEC);
-        keep_over_exec(&[&read], true).unwrap();
+        keep_over_exec(&[read.as_raw_fd()], true).unwrap();
         assert_eq!(flags(&read), 0);
         let taken = take(&[read.into_raw_fd()]).unwrap();
         assert_eq!(flags(&taken[0]), libc::FD_CLOEXEC);
