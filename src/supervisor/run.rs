@@ -16,6 +16,7 @@ use super::instance::{Lock, LockError, PidFile};
 use super::reports::Reports;
 use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
+use super::stored_above::StoredAbove;
 use super::takeover::Orphans;
 use super::upward::Upward;
 use crate::config::ready::{Probe, Scheme};
@@ -102,6 +103,7 @@ struct Held {
     reaper: Reaper,
     output: Output,
     state_file: PathBuf,
+    stored_above: StoredAbove,
 }
 
 /// How a service ended.
@@ -125,7 +127,7 @@ pub fn run(config: ServiceConfig, inherited: Inherited, output: Output) -> Resul
     runtime.block_on(supervise(config, inherited, output))
 }
 
-async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) -> Result<Ended, StartError> {
+async fn supervise(config: ServiceConfig, mut inherited: Inherited, output: Output) -> Result<Ended, StartError> {
     let system = |what| move |source| StartError::System { what, source };
     // Both are looked up anew for each generation; what is wrong from the start is refused before anything is bound.
     environment::for_generation(&config)?;
@@ -140,7 +142,9 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let name = config.name.clone();
     let file = |ending| directory.join(format!("{name}.{ending}"));
     let _lock = Lock::take(&file("lock"), &config.name)?;
-    let mut orphans = Orphans::find(&file("state"));
+    let (mut stored_above, returned) = StoredAbove::from_environment(inherited.take_stored());
+    let mut orphans = Orphans::find(&file("state"), returned);
+    stored_above.let_go(&orphans.close_unasked(&config.listeners));
     let listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
     config.check_listeners(&listeners)?;
     let server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
@@ -152,7 +156,7 @@ async fn supervise(config: ServiceConfig, inherited: Inherited, output: Output) 
     let (over, end) = oneshot::channel::<()>();
     let handle = Handle { commands, events: events.clone() };
     let control = tokio::spawn(server.serve(handle, async { drop(end.await) }));
-    let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state") };
+    let held = Held { listeners, tls, nofile, reaper, output, state_file: file("state"), stored_above };
     let mut driver = Driver::new(config, held, inbox, events);
     driver.begin(orphans);
 
@@ -202,7 +206,7 @@ impl Driver {
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
-        let Held { listeners, tls, nofile, reaper, output, state_file } = held;
+        let Held { listeners, tls, nofile, reaper, output, state_file, stored_above } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
@@ -226,6 +230,7 @@ impl Driver {
             start_directory: start_directory(),
             state_file,
             upward: Upward::from_environment(Instant::now()),
+            stored_above,
             counting: Counting::default(),
             adopted: Adopted::default(),
             departed: BTreeSet::new(),
@@ -250,6 +255,7 @@ impl Driver {
         }
         let taken_over = self.take_over(orphans);
         self.hold_declared();
+        self.record();
         if taken_over {
             let request = self.usual_upgrade().unwrap_or(Request::Upgrade);
             self.machine.request(request, self.now());
@@ -317,11 +323,17 @@ impl Driver {
         }
     }
 
-    /// Everything is gone: closes the listeners.
+    /// Everything is gone: closes the listeners. Where systemd has them too, nobody is refused if this is a restart, and what
+    /// belongs to them stays where it is. (If it is none, the next start removes it.)
     fn end(mut self, finish: Finish) -> Ended {
-        let _never_written = std::fs::remove_file(&self.state_file);
         self.tell_of_unserved();
-        self.adopted.locals.remove_all();
+        if self.stored_above.is_on() {
+            self.record();
+            self.listeners.iter().for_each(Listener::leave_file);
+        } else {
+            let _never_written = std::fs::remove_file(&self.state_file);
+            self.adopted.locals.remove_all();
+        }
         drop(self.listeners);
         Ended { finish, reason: self.last_failure }
     }

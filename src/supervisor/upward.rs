@@ -9,7 +9,7 @@
 //! the loop turns              WATCHDOG=1 at half of WATCHDOG_USEC
 //! ```
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -29,7 +29,7 @@ const EXTEND_EVERY: Duration = Duration::from_secs(10);
 const LONGEST_REASON: usize = 500;
 
 /// One above that does not read holds the loop up no longer than this.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The one above, if `NOTIFY_SOCKET` named one.
 #[derive(Debug, Default)]
@@ -167,14 +167,20 @@ impl Upward {
 
     fn send(&self, state: &str) -> io::Result<()> {
         let Some(place) = &self.place else { return Ok(()) };
-        let address = match place.as_bytes().strip_prefix(b"@") {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(place)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        socket.send_to_addr(state.as_bytes(), &address).map(drop)
+        connect(place)?.send(state.as_bytes()).map(drop)
     }
+}
+
+/// A way to the one above.
+pub(super) fn connect(place: &OsStr) -> io::Result<UnixDatagram> {
+    let address = match place.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(place)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
 }
 
 /// `CLOCK_MONOTONIC`, by which systemd tells this reload from one that began before it asked.

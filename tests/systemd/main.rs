@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod stage;
+mod stored;
 
 use common::real::installed;
 use common::{puppet, wait_for, PATIENCE};
