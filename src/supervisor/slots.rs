@@ -6,6 +6,7 @@
 //! SLOT        SEQUENCE LENGTH SHA256\n{…}     read: the one with the higher number of those that are whole
 //! ```
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -74,7 +75,12 @@ fn place(sequence: u64) -> u64 {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::new();
+    for byte in Sha256::digest(bytes) {
+        // Writing to a String cannot fail.
+        let _written = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 fn read(memory: &File, at: usize) -> Option<(u64, Vec<u8>)> {

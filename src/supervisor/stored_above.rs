@@ -123,13 +123,14 @@ impl StoredAbove {
         for (name, fd) in returned {
             let (kind, rest) = name[STORED.len()..].split_once('/').unwrap_or((&name[STORED.len()..], ""));
             match kind {
-                "state" => match Slots::found(fd) {
-                    Some((slots, bytes)) => {
-                        back.recorded = Recorded::parse(&bytes);
-                        stored.state = Some(slots);
+                "state" => {
+                    let found = Slots::found(fd);
+                    back.recorded = found.as_ref().and_then(|(_, bytes)| Recorded::parse(bytes));
+                    if back.recorded.is_none() {
+                        tracing::warn!("the state that systemd holds cannot be read: left alone");
                     }
-                    None => tracing::warn!("the state that systemd holds cannot be read: left alone"),
-                },
+                    stored.state = found.map(|(slots, _)| slots);
+                }
                 "socket" => {
                     let found = fstat(&fd)
                         .ok()

@@ -70,6 +70,12 @@ fn waiting(systemd: &Systemd, port: u16) -> Vec<TcpStream> {
     })
 }
 
+/// What is gone is not held.
+fn holds(systemd: &Systemd, count: u32) {
+    let held = || systemd.show("zddsup@web", "NFileDescriptorStore");
+    wait_for(&format!("{count} fds are held"), || held() == count.to_string());
+}
+
 #[track_caller]
 fn assert_answered(systemd: &Systemd, clients: Vec<TcpStream>, by: &str) {
     for mut client in clients {
@@ -103,7 +109,7 @@ fn a_restart_under_load_answers_every_request() {
     summary.assert_clean();
     assert_eq!(summary.order(), ["1", "2", "3", "4"]);
     // The listener, the state; the pipe and the notify socket of one generation.
-    wait_for("what is gone is not held", || systemd.show("zddsup@web", "NFileDescriptorStore") == "4");
+    holds(&systemd, 4);
 }
 
 #[test]
@@ -119,7 +125,8 @@ fn a_restart_under_load_of_an_unmodified_server_answers_every_request() {
     let summary = load.stop();
     summary.assert_clean();
     assert_eq!(summary.order(), ["1", "2", "3", "4"]);
-    wait_for("what is gone is not held", || systemd.show("zddsup@web", "NFileDescriptorStore") == "5");
+    // Its calls besides.
+    holds(&systemd, 5);
 }
 
 #[test]
@@ -158,6 +165,31 @@ fn so_it_is_with_an_unmodified_server() {
     systemd.must(&["reload", "zddsup@web"]);
     saw(&systemd, &load, "4");
     load.stop().assert_clean();
+    holds(&systemd, 5);
+}
+
+#[test]
+fn so_it_is_where_zddsup_listens_and_steers() {
+    for flags in ["--switch steered", "--handoff adopt"] {
+        let Some(systemd) = puppet_at_80("", flags) else { return };
+        let bind = if flags == "--handoff adopt" { "\n--bind 127.0.0.1:80" } else { "" };
+        systemd.write("script", &format!("--version 1{bind}"));
+        systemd.must(&["start", "zddsup@web"]);
+        let load = systemd.load(80);
+        systemd.write("script", &format!("--version 2{bind}"));
+        systemd.must(&["restart", "zddsup@web"]);
+        saw(&systemd, &load, "2");
+        load.stop().assert_clean();
+        let clients = waiting(&systemd, 80);
+        systemd.write("script", &format!("--version 3{bind}"));
+        lose(&systemd, "KILL");
+        assert_answered(&systemd, clients, "version=3 ");
+        let load = systemd.load(80);
+        systemd.write("script", &format!("--version 4{bind}"));
+        systemd.must(&["reload", "zddsup@web"]);
+        saw(&systemd, &load, "4");
+        load.stop().assert_clean();
+    }
 }
 
 #[test]
@@ -193,6 +225,24 @@ fn serves_on(systemd: &Systemd, port: u16, signal: &str) {
     let summary = load.stop();
     summary.assert_clean();
     assert_eq!(summary.order(), ["1", "2", "3"], "{summary}");
+}
+
+/// It binds some more while no zddsup is there: the call waits for the next one, which reads what it said of it, too.
+#[test]
+fn calls_that_are_made_while_no_zddsup_is_there_wait() {
+    let Some(systemd) = puppet_adopted("KillMode=process\nRestartSec=5\n") else { return };
+    let also = "--also-bind 127.0.0.1:8081";
+    systemd.write("script", &format!("--version 1\n{also}\n--also-bind-after-ms 2000"));
+    systemd.must(&["start", "zddsup@web"]);
+    let load = systemd.load(8080);
+    systemd.write("script", &format!("--version 2\n{also}"));
+    lose(&systemd, "KILL");
+    wait_for("both have bound it", || systemd.log().matches("puppet: listens on 127.0.0.1:8081").count() == 2);
+    saw(&systemd, &load, "2");
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1", "2"], "{summary}");
+    systemd.load(8081).stop().assert_clean();
 }
 
 #[test]
