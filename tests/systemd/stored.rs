@@ -202,7 +202,8 @@ fn with_kill_mode_process_the_service_serves_on_and_is_upgraded() {
 
 #[test]
 fn with_kill_mode_process_an_unmodified_server_serves_on_and_is_upgraded() {
-    let Some(systemd) = puppet_adopted("KillMode=process\n") else { return };
+    // Only systemd has the state then.
+    let Some(systemd) = puppet_adopted("KillMode=process\nRuntimeDirectoryPreserve=no\n") else { return };
     serves_on(&systemd, 8080, "KILL");
 }
 
