@@ -160,13 +160,21 @@ impl StoredAbove {
             None => return Ok(()),
         };
         let state = format!("{STORED}state");
-        if self.state.is_none() {
-            if self.names.remove(&state) {
-                send(&socket, &removal(&state), &[])?;
+        let slots = match &mut self.state {
+            Some(slots) => slots,
+            none => {
+                // Of something else by this name.
+                if self.names.remove(&state) {
+                    send(&socket, &removal(&state), &[])?;
+                }
+                none.insert(Slots::new()?)
             }
-            self.state = Some(Slots::new()?);
+        };
+        // The first, so that it is there whatever there is room for.
+        if !self.names.contains(&state) {
+            send(&socket, &format!("FDSTORE=1\nFDNAME={state}\nFDPOLL=0"), &[slots.memory().as_fd()])?;
+            self.names.insert(state.clone());
         }
-        // One is the state's.
         for Wanted { name, fd, polled } in wanted.iter().take(self.most.saturating_sub(1)) {
             if !self.names.contains(name) {
                 let poll = if *polled { "" } else { "\nFDPOLL=0" };
@@ -174,13 +182,7 @@ impl StoredAbove {
                 self.names.insert(name.clone());
             }
         }
-        if let Some(slots) = &mut self.state {
-            slots.write(&recorded.bytes()?)?;
-            if !self.names.contains(&state) {
-                send(&socket, &format!("FDSTORE=1\nFDNAME={state}\nFDPOLL=0"), &[slots.memory().as_fd()])?;
-                self.names.insert(state.clone());
-            }
-        }
+        slots.write(&recorded.bytes()?)?;
         let unwanted = |name: &String| *name != state && !wanted.iter().any(|wanted| wanted.name == *name);
         for name in self.names.iter().filter(|name| unwanted(name)).cloned().collect::<Vec<_>>() {
             send(&socket, &removal(&name), &[])?;

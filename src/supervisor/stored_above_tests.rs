@@ -80,7 +80,7 @@ fn what_is_new_is_stored_once_and_what_is_gone_is_removed_and_all_comes_back() {
     store.keep(&[wanted(at_one, &one), own], &recorded(1)).unwrap();
     let polled = format!("FDSTORE=1\nFDNAME={calls}");
     let socket = |inode: u64| format!("FDSTORE=1\nFDNAME=zddsup/socket/{inode}\nFDPOLL=0");
-    assert_eq!(above.act(), [socket(at_one), polled, "FDSTORE=1\nFDNAME=zddsup/state\nFDPOLL=0".to_owned()]);
+    assert_eq!(above.act(), ["FDSTORE=1\nFDNAME=zddsup/state\nFDPOLL=0".to_owned(), socket(at_one), polled]);
     // The same memory has what is recorded from then on.
     store.keep(&[wanted(at_two, &two)], &recorded(2)).unwrap();
     let gone = [removal(&calls), removal(&socket_name(at_one))];
@@ -113,7 +113,7 @@ fn no_more_is_stored_than_there_is_room_for() {
     // Room again: the third takes it.
     store.keep(&all[1..], &recorded(2)).unwrap();
     above.act();
-    let names = [socket_name(sockets[1].1), "zddsup/state".to_owned(), socket_name(sockets[2].1)];
+    let names = ["zddsup/state".to_owned(), socket_name(sockets[1].1), socket_name(sockets[2].1)];
     assert_eq!(above.names(), names);
 }
 

@@ -248,6 +248,7 @@ impl Driver {
                 self.adopted.found(owner, socket);
             }
         }
+        self.hold_declared();
         if nobody_lives {
             self.adopted.ports.left_by(NOBODY);
             return false;

@@ -30,7 +30,8 @@ fn zddsup(systemd: &Systemd) -> String {
 
 /// The generation that serves, as zddsup tells.
 fn status(systemd: &Systemd) -> serde_json::Value {
-    let output = systemd.command("/run/target/zddsup", &["status", "--name", "web", "--json"]).output().unwrap();
+    let args = ["status", "--control", "/run/zddsup/web.sock", "--json"];
+    let output = systemd.command("/run/target/zddsup", &args).output().unwrap();
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}\n{}", systemd.log()))
 }
 
@@ -168,6 +169,27 @@ fn so_it_is_with_an_unmodified_server() {
     holds(&systemd, 5);
 }
 
+/// The address has two sockets then, and what is new is steered to one.
+#[test]
+fn so_it_is_while_a_candidate_listens() {
+    let Some(systemd) = puppet_adopted("") else { return };
+    let command = "/run/target/examples/puppet --bind 127.0.0.1:8080 --script /run/stage/script";
+    systemd.write("web.env", &format!("COMMAND={command}\nFLAGS=--handoff adopt --ready notify\n"));
+    start(&systemd);
+    let load = systemd.load(8080);
+    systemd.write("script", "--version 2\n--ready none");
+    systemd.must(&["kill", "--kill-whom=main", "--signal=HUP", "zddsup@web"]);
+    wait_for("it listens", || systemd.log().matches("puppet: listens").count() == 2);
+    systemd.write("script", "--version 3");
+    lose(&systemd, "KILL");
+    saw(&systemd, &load, "3");
+    let summary = load.stop();
+    assert_only_established_are_lost(&summary);
+    assert_eq!(summary.order(), ["1", "3"], "{summary}");
+    systemd.load(8080).stop().assert_clean();
+    holds(&systemd, 5);
+}
+
 #[test]
 fn so_it_is_where_zddsup_listens_and_steers() {
     for flags in ["--switch steered", "--handoff adopt"] {
@@ -204,6 +226,13 @@ fn with_kill_mode_process_the_service_serves_on_and_is_upgraded() {
 fn with_kill_mode_process_an_unmodified_server_serves_on_and_is_upgraded() {
     // Only systemd has the state then.
     let Some(systemd) = puppet_adopted("KillMode=process\nRuntimeDirectoryPreserve=no\n") else { return };
+    serves_on(&systemd, 8080, "KILL");
+}
+
+#[test]
+fn so_it_is_for_an_ordinary_user() {
+    let more = "KillMode=process\nUser=nobody\nEnvironment=XDG_RUNTIME_DIR=/run\n";
+    let Some(systemd) = puppet_adopted(more) else { return };
     serves_on(&systemd, 8080, "KILL");
 }
 
@@ -311,6 +340,33 @@ fn restarts_at(systemd: &Systemd, socket: &str) {
         saw(systemd, &load, version);
     }
     load.stop().assert_clean();
+}
+
+#[test]
+fn a_restart_under_load_of_nginx_answers_every_request() {
+    if !installed("nginx", &["/usr/sbin/nginx", "-v"]) {
+        return;
+    }
+    let Some(systemd) = Systemd::boot(&template("")) else { return };
+    let command = "/usr/sbin/nginx -p /run/stage -e stderr -c nginx.conf";
+    systemd.write("web.env", &format!("COMMAND={command}\nFLAGS=--stop-signal QUIT --ready tcp:127.0.0.1:8080\n"));
+    let config = |version: u32| {
+        let answer = format!("server {{ listen 127.0.0.1:8080; return 200 'version={version} '; }}");
+        let text =
+            format!("daemon off; worker_processes 2; pid nginx.pid; events {{}} http {{ access_log off; {answer} }}");
+        systemd.write("nginx.conf", &text);
+    };
+    config(1);
+    systemd.must(&["start", "zddsup@web"]);
+    let load = systemd.load(8080);
+    for version in 2..=4 {
+        config(version);
+        systemd.must(&["restart", "zddsup@web"]);
+        saw(&systemd, &load, &version.to_string());
+    }
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1", "2", "3", "4"], "{summary}");
 }
 
 #[test]
