@@ -1,7 +1,7 @@
 //! systemd holds zddsup's sockets (`FileDescriptorStoreMax=`) while no zddsup is there: restarted, crashed, killed.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 
 use crate::common::load::{Failure, Load, Summary, Target};
 use crate::common::real::installed;
@@ -111,6 +111,22 @@ fn a_restart_under_load_answers_every_request() {
     assert_eq!(summary.order(), ["1", "2", "3", "4"]);
     // The listener, the state; the pipe and the notify socket of one generation.
     holds(&systemd, 4);
+}
+
+#[test]
+fn datagrams_wait_while_nobody_is_there() {
+    let Some(systemd) = puppet_at_80("RestartSec=3\n", "--listen udp://127.0.0.1:53") else { return };
+    start(&systemd);
+    systemd.write("script", "--version 2");
+    systemd.must(&["kill", "--kill-whom=main", "--signal=KILL", "zddsup@web"]);
+    wait_for("all are gone", || systemd.show("zddsup@web", "SubState") == "auto-restart");
+    let client = systemd.inside(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.send_to(b"hello", "127.0.0.1:53").unwrap();
+    let mut answer = [0; 100];
+    let (length, _) = client.recv_from(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer[..length]);
+    assert!(answer.starts_with("version=2 "), "{answer}\n{}", systemd.log());
 }
 
 #[test]
