@@ -62,7 +62,9 @@ Restart=always
 RestartPreventExitStatus=2
 # SIGTERM is zddsup's alone, which lets the service finish; what is left at the end is killed.
 KillMode=mixed
-{delegation}# More than --start-timeout and --bake, which a reload waits for.
+{delegation}# systemd holds zddsup's sockets while no zddsup is there: `systemctl restart`, a crash and SIGKILL refuse no connection.
+FileDescriptorStoreMax=512
+# More than --start-timeout and --bake, which a reload waits for.
 TimeoutStartSec={start}
 # More than --lame-duck, --drain-timeout and --stop-timeout together.
 TimeoutStopSec={stop}

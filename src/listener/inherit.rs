@@ -12,9 +12,16 @@ use super::{absolute, bind, error, meets, Listener};
 use crate::proto::listen_fds::{self, ListenFdsError};
 use crate::sys::socket::take_passed_fds;
 
+/// How the names begin of what a zddsup before this one has stored in systemd (`FDSTORE=1` in `sd_notify(3)`), and gets back
+/// among the sockets of units. Those are called as the unit is, or by `FileDescriptorName=`: hardly so.
+pub const STORED: &str = "zddsup/";
+
 /// What was passed and is not used yet.
 #[derive(Debug, Default)]
-pub struct Inherited(Vec<Passed>);
+pub struct Inherited {
+    passed: Vec<Passed>,
+    stored: Vec<(String, OwnedFd)>,
+}
 
 #[derive(Debug)]
 struct Passed {
@@ -62,7 +69,9 @@ impl Inherited {
         }
         let fds = take_passed_fds(names.len()).map_err(|source| InheritError::Fds { count: names.len(), source })?;
         let passed: Vec<_> = names.into_iter().zip(fds).collect();
-        if let Some((name, _)) = passed.iter().find(|(_, fd)| SockRef::from(fd).peer_addr().is_ok()) {
+        let is_connection =
+            |(name, fd): &&(String, OwnedFd)| !name.starts_with(STORED) && SockRef::from(fd).peer_addr().is_ok();
+        if let Some((name, _)) = passed.iter().find(is_connection) {
             return Err(InheritError::Connection { name: name.clone() });
         }
         Ok(Inherited::from_fds(passed))
@@ -70,6 +79,7 @@ impl Inherited {
 
     /// The same from fds that are held. What is no socket that can be listened on is let go.
     pub fn from_fds(passed: impl IntoIterator<Item = (String, OwnedFd)>) -> Inherited {
+        let (stored, passed): (Vec<_>, Vec<_>) = passed.into_iter().partition(|(name, _)| name.starts_with(STORED));
         let usable = passed.into_iter().filter_map(|(name, fd)| {
             let socket = SockRef::from(&fd);
             let bound = match bind::address_of(&socket) {
@@ -84,13 +94,18 @@ impl Inherited {
                 }
             }
         });
-        Inherited(usable.collect())
+        Inherited { passed: usable.collect(), stored }
+    }
+
+    /// Takes out what was stored. It is for no listener as such.
+    pub fn take_stored(&mut self) -> Vec<(String, OwnedFd)> {
+        std::mem::take(&mut self.stored)
     }
 
     /// Whether nothing was passed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.passed.is_empty()
     }
 
     /// Takes the socket for a listener: the one of its name, else the one at its address. None if there is none.
@@ -101,12 +116,12 @@ impl Inherited {
         let exact = !spec.address.has_any_port();
         let there = |passed: &Passed| exact && meets(&spec.address, &passed.bound);
         let places = [
-            self.0.iter().position(|passed| named(passed) && there(passed)),
-            self.0.iter().position(named),
-            self.0.iter().position(there),
+            self.passed.iter().position(|passed| named(passed) && there(passed)),
+            self.passed.iter().position(named),
+            self.passed.iter().position(there),
         ];
         let Some(place) = places.into_iter().flatten().next() else { return Ok(None) };
-        let passed = self.0.remove(place);
+        let passed = self.passed.remove(place);
         if !same_kind(&spec.address, &passed.bound) {
             return Err(error(&spec, Why::Other { passed: passed.bound.to_string() }));
         }
@@ -118,12 +133,12 @@ impl Inherited {
     /// What no listener took.
     #[must_use]
     pub fn unused(&self) -> Vec<String> {
-        self.0.iter().map(|passed| format!("{} ({})", passed.name, passed.bound)).collect()
+        self.passed.iter().map(|passed| format!("{} ({})", passed.name, passed.bound)).collect()
     }
 
     /// All as listeners, each by a name of its own.
     pub fn into_listeners(self) -> Result<Vec<Listener>, BindError> {
-        let flags = self.0.iter().map(|passed| ListenFlag {
+        let flags = self.passed.iter().map(|passed| ListenFlag {
             name: (passed.name != listen_fds::UNNAMED).then(|| as_name(&passed.name)),
             address: passed.bound.clone(),
             options: super::options::Options::default(),
@@ -140,7 +155,7 @@ impl Inherited {
                 number += 1;
             }
         }
-        specs.into_iter().zip(self.0).map(|(spec, passed)| Listener::passed(passed.fd, spec)).collect()
+        specs.into_iter().zip(self.passed).map(|(spec, passed)| Listener::passed(passed.fd, spec)).collect()
     }
 }
 
@@ -217,6 +232,19 @@ mod tests {
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         let fds = [("c".to_owned(), connection.into()), ("p".to_owned(), pipe), ("l".to_owned(), listener)];
         assert_eq!(names(&Inherited::from_fds(fds).into_listeners().unwrap()), ["l"]);
+    }
+
+    #[test]
+    fn what_was_stored_is_no_listener_whatever_it_is() {
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        let (socket, address) = tcp();
+        let fds =
+            [("zddsup/state".to_owned(), pipe), ("zddsup/socket/7".to_owned(), socket), ("web".to_owned(), tcp().0)];
+        let mut inherited = Inherited::from_fds(fds);
+        let stored: Vec<_> = inherited.take_stored().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(stored, ["zddsup/state", "zddsup/socket/7"]);
+        assert!(inherited.take_for(&format!("x={address}").parse().unwrap()).unwrap().is_none());
+        assert_eq!(names(&inherited.into_listeners().unwrap()), ["web"]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ use socket2::{SockRef, Socket};
 
 pub use self::bind::DEFAULT_BACKLOG;
 pub use self::error::{BindError, Why};
-pub use self::open::{open, open_from, ListenError};
+pub use self::open::{open, open_from, take_unasked, ListenError};
 pub use self::spec::{ListenFlag, ListenerSpec};
 
 use self::address::{Address, Host};
@@ -309,6 +309,11 @@ impl Listener {
             (Origin::Passed, _) => "systemd passed it: restart the socket unit",
         };
         Err(io::Error::other(format!("a generation called shutdown(2) on it, which Linux cannot undo; {remedy}")))
+    }
+
+    /// Its file stays when this is dropped: somebody else has the socket for whoever comes next.
+    pub fn leave_file(&self) {
+        std::mem::forget(self.lock().file.take());
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Held> {

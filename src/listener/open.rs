@@ -55,19 +55,38 @@ pub fn open_from(
     Ok(listeners)
 }
 
-/// The one of that name, unless it is bound elsewhere than is asked for now; else the one at that very address.
+/// Takes out those of a supervisor before us that are asked for no more.
+pub fn take_unasked(left: &mut BTreeMap<String, OwnedFd>, specs: &[ListenerSpec]) -> BTreeMap<String, OwnedFd> {
+    let mut unasked = std::mem::take(left);
+    for spec in specs {
+        if let Some(asked) = name_left(&unasked, spec) {
+            left.extend(unasked.remove_entry(&asked));
+        }
+    }
+    unasked
+}
+
 fn take_left(left: &mut BTreeMap<String, OwnedFd>, spec: &ListenerSpec) -> Option<OwnedFd> {
+    let name = name_left(left, spec)?;
+    left.remove(&name)
+}
+
+/// The one of that name, unless it is bound elsewhere than is asked for now; else the one at that very address. A Unix socket
+/// whose file is gone is of no use.
+fn name_left(left: &BTreeMap<String, OwnedFd>, spec: &ListenerSpec) -> Option<String> {
     let spec = super::absolute(spec).ok()?;
-    let is_there = |fd: &OwnedFd| bind::address_of(&SockRef::from(fd)).is_ok_and(|bound| meets(&spec.address, &bound));
+    let is_there = |fd: &OwnedFd| {
+        let bound = bind::address_of(&SockRef::from(fd)).ok();
+        bound.is_some_and(|bound| meets(&spec.address, &bound) && bound.path().is_none_or(std::path::Path::exists))
+    };
     let by_address = || {
         let exact = !spec.address.has_any_port();
         left.iter().find(|(_, fd)| exact && is_there(fd)).map(|(name, _)| name.clone())
     };
-    let name = match left.get(&spec.name) {
+    match left.get(&spec.name) {
         Some(fd) if is_there(fd) => Some(spec.name.clone()),
         Some(_) | None => by_address(),
-    };
-    left.remove(&name?)
+    }
 }
 
 #[cfg(test)]
@@ -95,6 +114,23 @@ mod tests {
         assert_eq!([now[0].inode(), now[1].inode()], [before[0].inode(), before[1].inode()]);
         assert!(now[2].address().starts_with("udp://"));
         assert!(before.iter().all(|before| before.inode() != now[3].inode()));
+        let left = |listener: &Listener| (listener.name().to_owned(), listener.fd().try_clone().unwrap());
+        let mut left = before.iter().map(left).collect();
+        let unasked = take_unasked(&mut left, &specs(&["web=127.0.0.1:0", &renamed]));
+        assert_eq!(unasked.into_keys().collect::<Vec<_>>(), ["admin"]);
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["old", "web"]);
+    }
+
+    #[test]
+    fn a_unix_socket_whose_file_is_gone_is_bound_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let wanted = specs(&[&format!("web={}", dir.path().join("s").display())]);
+        let before = Listener::bind(&wanted[0]).unwrap();
+        let left = || BTreeMap::from([("web".to_owned(), before.fd().try_clone().unwrap())]);
+        before.leave_file();
+        assert_eq!(open_from(Inherited::default(), &wanted, left()).unwrap()[0].inode(), before.inode());
+        assert!(!dir.path().join("s").exists());
+        assert_ne!(open_from(Inherited::default(), &wanted, left()).unwrap()[0].inode(), before.inode());
     }
 
     #[test]

@@ -98,6 +98,12 @@ impl Capture {
         Ok(Capture { pipe, task })
     }
 
+    /// The pipe, to be kept for a supervisor after this one: [`Capture::adopt`].
+    #[must_use]
+    pub fn pipe(&self) -> &Arc<OwnedFd> {
+        &self.pipe.fd
+    }
+
     /// Reads now what is in the pipe, so that [`Capture::tail`] has a dead process' last words.
     pub fn catch_up(&self) {
         let mut total = 0;

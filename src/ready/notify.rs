@@ -4,9 +4,9 @@
 //! behind. Anybody on the machine can send to it, so each datagram carries its sender's credentials, from the kernel.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{bind, setsockopt, socket, sockopt, AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::sys::socket::{bind, getsockname, setsockopt, socket, sockopt, AddressFamily, SockFlag, SockType, UnixAddr};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::io::Interest;
@@ -69,7 +69,15 @@ impl NotifySocket {
         let name = format!("zddsup/{}/{:032x}", std::process::id(), fastrand::u128(..));
         let fd = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&fd, sockopt::PassCred, &true)?;
-        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new_abstract(name.as_bytes())?)?;
+        bind(fd.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+        Ok(NotifySocket { socket: Awaited::new(fd, Interest::READABLE)?, name })
+    }
+
+    /// One that a supervisor before this one made. Within a runtime only.
+    pub fn found(fd: OwnedFd) -> io::Result<Self> {
+        let address: UnixAddr = getsockname(fd.as_raw_fd())?;
+        let name = address.as_abstract().and_then(|name| std::str::from_utf8(name).ok());
+        let name = name.ok_or_else(|| io::Error::other("it is no notify socket"))?.to_owned();
         Ok(NotifySocket { socket: Awaited::new(fd, Interest::READABLE)?, name })
     }
 
@@ -106,6 +114,12 @@ impl NotifySocket {
     }
 }
 
+impl AsFd for NotifySocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +145,19 @@ mod tests {
         assert_eq!(datagram.sender.pid, i32::try_from(std::process::id()).unwrap());
         assert_eq!(datagram.fields.unwrap(), [Field::Ready, Field::Status("well".to_owned())]);
         assert!(socket.try_recv().unwrap().is_none());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn the_next_supervisor_hears_what_was_said_meanwhile() {
+        let first = NotifySocket::new().unwrap();
+        let (address, kept) = (first.address(), first.as_fd().try_clone_to_owned().unwrap());
+        drop(first);
+        let second = NotifySocket::found(kept).unwrap();
+        assert_eq!(second.address(), address);
+        sender(&second).send(b"READY=1").unwrap();
+        assert_eq!(second.recv().await.unwrap().fields.unwrap(), [Field::Ready]);
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert!(NotifySocket::found(pipe).is_err());
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -21,7 +21,7 @@ use crate::sys::readiness::Awaited;
 use crate::sys::scm;
 
 /// One that does not read holds the loop up no longer than this.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long the end is held up until everything is heard: as long as systemd-notify(1) waits.
 const LONGEST_BARRIER: Duration = Duration::from_secs(5);
@@ -147,6 +147,20 @@ impl Barrier {
         let passed = tokio::time::timeout(LONGEST_BARRIER, hung_up.readable()).await;
         passed.map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?.map(drop)
     }
+}
+
+/// A way to one on this machine, for what goes with open files.
+pub(super) fn connect(place: &OsStr) -> io::Result<UnixDatagram> {
+    let Ok(Place::Local(address)) = parse(place) else { return Err(io::ErrorKind::Unsupported.into()) };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
+}
+
+/// Whether it is on this machine, and so can be given open files.
+pub(super) fn is_local(place: &OsStr) -> bool {
+    matches!(parse(place), Ok(Place::Local(_)))
 }
 
 /// As systemd reads it.

@@ -205,7 +205,7 @@ impl Driver {
                 tracing::warn!(generation = %to, "does not listen on {}, which --listen asks for: what comes there waits", group.key());
             }
         }
-        self.leave_nobodys(to);
+        self.leave_nobodys(to, true);
         let running = &self.running;
         self.adopted.ports.serves(to, &listens, |owner| running.contains_key(&owner));
         self.switch_locals(to);

@@ -18,6 +18,7 @@ use super::reports::Reports;
 use super::running::Running;
 use super::spawning::Recipe;
 use super::store::{Keeping, Store};
+use super::stored_above::StoredAbove;
 use super::upward::Upward;
 use crate::config::ServiceConfig;
 use crate::control::types::{self as control, ServicePhase};
@@ -107,6 +108,7 @@ pub struct Driver {
     pub(super) start_directory: PathBuf,
     pub(super) state_file: PathBuf,
     pub(super) upward: Upward,
+    pub(super) stored_above: StoredAbove,
     pub(super) counting: Counting,
     pub(super) adopted: Adopted,
     /// Generations of which a socket may be left.

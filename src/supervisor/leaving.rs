@@ -240,7 +240,12 @@ impl Driver {
         let shared = shared.map(|listener| (listener.address(), listener.fd()));
         let own = self.adopted.sockets().map(|(key, _, socket)| (key.to_string(), Arc::clone(socket)));
         for (place, socket) in shared.chain(own) {
-            if let Ok(Some(queued @ 1..)) = queue_length(&*socket) {
+            let Ok(Some(queued @ 1..)) = queue_length(&*socket) else { continue };
+            if self.stored_above.is_on() {
+                tracing::info!(
+                    "{queued} connections wait at {place} for the next start, if this is a restart: systemd holds it"
+                );
+            } else {
                 tracing::warn!("{queued} connections wait at {place}, and nobody is left to take them: reset");
             }
         }

@@ -25,6 +25,7 @@ use socket2::{SockAddr, SockRef, Type};
 use super::caught::Verdict;
 use super::driver::Driver;
 use super::recorded::{RecordedFile, RecordedListener};
+use super::steered::NOBODY;
 use crate::core::GenerationId;
 use crate::drain::connections;
 use crate::handoff::adopt::file::{Location, SocketFile};
@@ -118,6 +119,11 @@ impl Locals {
         self.all.iter().filter(move |local| local.owner == owner)
     }
 
+    /// To be kept for the supervisor after this one.
+    pub fn sockets(&self) -> impl Iterator<Item = Arc<OwnedFd>> + '_ {
+        self.all.iter().map(|local| Arc::clone(&local.socket))
+    }
+
     /// Where each is, for the status: a place once.
     pub fn addresses(&self) -> Vec<String> {
         let mut addresses: Vec<_> = self.all.iter().map(ToString::to_string).collect();
@@ -166,7 +172,11 @@ impl Locals {
             (None, Some(name)) => (Place::Abstract(name[1..].to_vec()), None),
             (None, None) => return,
         };
-        self.all.push(Local { owner, place, kind, socket: Arc::new(socket), file, listens: true });
+        let local = Local { owner, place, kind, socket: Arc::new(socket), file, listens: true };
+        if owner == NOBODY {
+            local.put_back();
+        }
+        self.all.push(local);
     }
 
     /// Nobody is left.
@@ -415,12 +425,20 @@ impl Driver {
         self.guard_files();
     }
 
-    /// A generation is gone. With nobody to serve, its sockets wait for the next one.
+    /// A generation is gone. With nobody to serve, its sockets wait for the next one; when zddsup ends, for that of the next
+    /// start, where systemd holds them: if what is at the path is this one's.
     pub(super) fn leave_locals(&mut self, id: GenerationId) {
         let stays = self.machine.serving().is_none() && !self.is_being_stopped();
+        let stored = self.machine.serving().is_none() && self.stored_above.is_on();
         if !stays {
             let shared = self.shares_locals(id);
             self.adopted.locals.all.retain(|local| {
+                if local.owner == id && stored {
+                    local.put_back();
+                    if local.file.is_none() || local.is_in_place() {
+                        return true;
+                    }
+                }
                 if local.owner == id {
                     if local.has_waiting() && !shared {
                         tracing::error!("what waited at {local} for a generation that is gone is lost");

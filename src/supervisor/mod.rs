@@ -23,6 +23,7 @@
 //! | [`status`], [`counting`] | the state for people and programs; connections |
 //! | [`store`] | fds and state that generations leave for the next |
 //! | [`recorded`], [`takeover`] | going on after a supervisor that was killed |
+//! | [`stored_above`], [`slots`] | what systemd holds for that meanwhile: sockets, and what is recorded |
 //! | [`replacing`] | another program in the supervisor's place |
 //! | [`answering`] | the control server beside the loop |
 //! | [`signals`], [`instance`] | signals; one supervisor a name |
@@ -50,10 +51,12 @@ pub mod reports;
 pub mod run;
 pub mod running;
 pub mod signals;
+mod slots;
 mod spawning;
 mod status;
 mod steered;
 pub mod store;
+mod stored_above;
 mod switching;
 mod takeover;
 mod transactions;

@@ -43,6 +43,11 @@ impl Ports {
         }
     }
 
+    /// Nobody lives of those before, and their sockets are this owner's.
+    pub fn left_by(&mut self, owner: GenerationId) {
+        self.before = Some(owner);
+    }
+
     /// This generation serves from now on, and listens there.
     pub fn serves(&mut self, id: GenerationId, listens: &[SocketAddr], lives: impl Fn(GenerationId) -> bool) {
         self.before = Some(id);

@@ -106,11 +106,16 @@ impl Recorded {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let file = options.open(path)?;
-        let mut bytes = serde_json::to_vec(self)?;
+        let mut bytes = self.bytes()?;
         // Spaces cover the rest of what was longer.
         let before = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
         bytes.resize(bytes.len().max(before), b' ');
         file.write_all_at(&bytes, 0)
+    }
+
+    /// As it is written.
+    pub fn bytes(&self) -> io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec(self)?)
     }
 
     /// What a supervisor left, if it did and it can be read. A file of another user or format is none.

@@ -22,6 +22,7 @@ use super::replacing::state::State;
 use super::reports::Reports;
 use super::signals::{Signals, Wish};
 use super::store::{Keeping, Store};
+use super::stored_above::StoredAbove;
 use super::takeover::Orphans;
 use super::upward::Upward;
 use crate::config::ready::{Probe, Scheme};
@@ -120,6 +121,7 @@ struct Held {
     reaper: Reaper,
     output: Output,
     state_file: PathBuf,
+    stored_above: StoredAbove,
 }
 
 /// How a service ended.
@@ -164,7 +166,7 @@ pub fn run(
 
 async fn supervise(
     config: ServiceConfig,
-    inherited: Inherited,
+    mut inherited: Inherited,
     left: Option<Left>,
     output: Output,
 ) -> Result<Ended, StartError> {
@@ -185,6 +187,7 @@ async fn supervise(
     let directory = place::runtime_dir()?;
     let name = config.name.clone();
     let file = |ending| directory.join(format!("{name}.{ending}"));
+    let (mut stored_above, returned) = StoredAbove::from_environment(inherited.take_stored());
     let mut orphans = Orphans::default();
     let (lock, nofile, listeners, server);
     if let Some(begin) = gone_on {
@@ -195,7 +198,8 @@ async fn supervise(
     } else {
         nofile = limits::raise_nofile().map_err(system("raise the limit of open files"))?;
         lock = Lock::take(&file("lock"), &config.name)?;
-        orphans = Orphans::find(&file("state"));
+        orphans = Orphans::find(&file("state"), returned);
+        stored_above.let_go(&orphans.close_unasked(&config.listeners));
         listeners = listener::open_from(inherited, &config.listeners, orphans.sockets())?;
         config.check_listeners(&listeners)?;
         server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
@@ -207,7 +211,7 @@ async fn supervise(
     let (inbox, mut inputs) = mpsc::unbounded_channel();
     let (events, _) = broadcast::channel(EVENTS_HELD);
     let mut answering = Answering::new(server, Handle { commands, events: events.clone() });
-    let held = Held { listeners, tls, cgroups, nofile, reaper, output, state_file: file("state") };
+    let held = Held { listeners, tls, cgroups, nofile, reaper, output, state_file: file("state"), stored_above };
     let mut driver = Driver::new(config, held, inbox, events);
     match state {
         Some(state) => driver.go_on(state),
@@ -301,7 +305,7 @@ impl Driver {
         inbox: mpsc::UnboundedSender<Input>,
         events: broadcast::Sender<control::Event>,
     ) -> Self {
-        let Held { listeners, tls, cgroups, nofile, reaper, output, state_file } = held;
+        let Held { listeners, tls, cgroups, nofile, reaper, output, state_file, stored_above } = held;
         let machine = Machine::new(config.policy(fastrand::u64(..)));
         Driver {
             store: Store::new(config.fdstore_max),
@@ -329,6 +333,7 @@ impl Driver {
             start_directory: start_directory(),
             state_file,
             upward: Upward::from_environment(Instant::now()),
+            stored_above,
             counting: Counting::default(),
             adopted: Adopted::default(),
             departed: BTreeSet::new(),
@@ -353,6 +358,7 @@ impl Driver {
         }
         let taken_over = self.take_over(orphans);
         self.hold_declared();
+        self.record();
         if taken_over {
             let request = self.usual_upgrade().unwrap_or(Request::Upgrade);
             self.machine.request(request, self.now());
@@ -435,11 +441,17 @@ impl Driver {
         }
     }
 
-    /// Everything is gone: closes the listeners. The barrier is for what was said upwards.
+    /// Everything is gone: closes the listeners. Where systemd has them too, nobody is refused if this is a restart, and what
+    /// belongs to them stays where it is. (If it is none, the next start removes it.) The barrier is for what was said upwards.
     fn end(mut self, finish: Finish) -> (Ended, Option<Barrier>) {
-        let _never_written = std::fs::remove_file(&self.state_file);
         self.tell_of_unserved();
-        self.adopted.locals.remove_all();
+        if self.stored_above.is_on() {
+            self.record();
+            self.listeners.iter().for_each(Listener::leave_file);
+        } else {
+            let _never_written = std::fs::remove_file(&self.state_file);
+            self.adopted.locals.remove_all();
+        }
         drop(self.listeners);
         let ended = Ended { finish, reason: self.last_failure };
         let heard = self.upward.ended(&ended.in_words());

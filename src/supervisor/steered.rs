@@ -190,14 +190,17 @@ impl Driver {
             }
             return Some(late);
         }
-        self.leave_nobodys(id);
+        self.leave_nobodys(id, false);
         None
     }
 
-    /// Where this generation gets what is new, a socket that nobody has is needed no more.
-    pub(super) fn leave_nobodys(&mut self, id: GenerationId) {
-        let is_left = |socket| self.adopted.left.iter().any(|leaving| Arc::ptr_eq(leaving.socket(), socket));
-        let groups = self.adopted.groups.values().filter(|group| !group.of(id).is_empty());
+    /// Where this generation gets what is new, a socket that nobody has is needed no more. If it `serves`, nor are those of
+    /// a supervisor before this one at addresses where it does not listen, and `--listen` does not ask for it.
+    pub(super) fn leave_nobodys(&mut self, id: GenerationId, serves: bool) {
+        let Adopted { groups, left, declared, .. } = &self.adopted;
+        let is_left = |socket| left.iter().any(|leaving| Arc::ptr_eq(leaving.socket(), socket));
+        let is_over = |group: &Group| serves && !declared.contains_key(group.key());
+        let groups = groups.values().filter(|group| !group.of(id).is_empty() || is_over(group));
         let nobodys = groups.flat_map(Group::members).filter(|(owner, _, leaving)| *owner == NOBODY && !leaving);
         let sockets: Vec<_> = nobodys.map(|(_, socket, _)| socket).filter(|socket| !is_left(socket)).cloned().collect();
         for socket in sockets {

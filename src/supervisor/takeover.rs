@@ -1,8 +1,9 @@
 //! Going on after a supervisor that was killed: who runs with which sockets is written down, and the next supervisor of
 //! that name takes the sockets out of the living processes (`pidfd_getfd(2)`). No connection is refused in between: the
-//! generation that serves never stopped listening.
+//! generation that serves never stopped listening. Where systemd holds the sockets (`stored_above`), that is so although no
+//! process of it lives any more: they are nobody's then, and the first generation gets them with what waits in them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -12,26 +13,38 @@ use std::time::Instant;
 use nix::sys::stat::fstat;
 use nix::unistd::{geteuid, Pid};
 use procfs::process::{FDTarget, Process};
-use socket2::{Domain, SockRef};
+use socket2::{Domain, SockRef, Type};
 
 use super::driver::Driver;
 use super::recorded::{Recorded, RecordedFile, RecordedGeneration, RecordedListener, Role};
 use super::running::{Running, Said, Tasks, Watchdog};
 use super::spawning::Recipe;
+use super::steered::NOBODY;
+use super::stored_above::{Own, Returned};
 use crate::config::environment;
 use crate::core::{GenerationId, Machine, Phase, Source};
+use crate::handoff::adopt::file::SocketFile;
+use crate::listener::{self, ListenerSpec};
 use crate::process::cgroup::Cgroup;
 use crate::process::group::{Group, Member};
 use crate::process::output::Capture;
 use crate::process::program::Program;
+use crate::process::spawn::Trap;
+use crate::ready::notify::NotifySocket;
 use crate::sys::pidfd::PidFd;
+use crate::sys::seccomp::Notifier;
+use crate::sys::socket::queue_length;
+use crate::sys::view::View;
 
 /// What a killed supervisor left behind. Empty where there was none.
 #[derive(Debug, Default)]
 pub struct Orphans {
     generations: Vec<Orphan>,
     sockets: BTreeMap<String, OwnedFd>,
+    /// Names of those of which no process is left: only systemd has them.
+    lifeless: BTreeSet<String>,
     adopted: Vec<Adoptee>,
+    returned: Returned,
 }
 
 /// A socket that a generation made itself.
@@ -56,17 +69,26 @@ struct Orphan {
 impl Orphans {
     /// Reads what was written down and looks who of it still lives.
     #[must_use]
-    pub fn find(state_file: &Path) -> Orphans {
-        let Some(recorded) = Recorded::read(state_file) else { return Orphans::default() };
+    pub fn find(state_file: &Path, mut returned: Returned) -> Orphans {
+        let recorded = returned.recorded.take().or_else(|| Recorded::read(state_file));
+        let Some(recorded) = recorded else { return Orphans { returned, ..Orphans::default() } };
         let generations: Vec<_> = recorded.generations.into_iter().filter_map(Orphan::find).collect();
-        let mut sockets = BTreeMap::new();
+        let (mut sockets, mut lifeless) = (BTreeMap::new(), BTreeSet::new());
         let mut groups: BTreeMap<String, Vec<Option<Adoptee>>> = BTreeMap::new();
         let serves =
             |id| generations.iter().any(|orphan| orphan.recorded.number == id && orphan.recorded.role == Role::Serving);
         for listener in recorded.listeners {
-            let found = generations.iter().find_map(|orphan| orphan.socket(listener.inode));
+            let living = generations.iter().find_map(|orphan| orphan.socket(listener.inode));
+            let lives = living.is_some();
+            let found = living.or_else(|| Some((own_pid(), returned.socket(listener.inode)?)));
             match (listener.adopted_from, found) {
                 (Some(owner), found) => {
+                    let found = found.filter(|(_, socket)| lives || !has_left(socket));
+                    if let (None, Some(file)) = (&found, &listener.file) {
+                        remove_stale(file);
+                    }
+                    let owner =
+                        if generations.iter().any(|orphan| orphan.recorded.number == owner) { owner } else { NOBODY };
                     // One of several: that of the generation that serves, if it has one.
                     let wanted = !listener.name.is_empty() && (serves(owner) || !sockets.contains_key(&listener.name));
                     if let Some(copy) = found.as_ref().filter(|_| wanted).and_then(|(_, fd)| fd.try_clone().ok()) {
@@ -76,14 +98,55 @@ impl Orphans {
                     let adoptee = found.map(|(pid, socket)| Adoptee { owner, socket, pid, any_port, file });
                     groups.entry(listener.group).or_default().push(adoptee);
                 }
-                (None, Some((_, fd))) => drop(sockets.insert(listener.name, fd)),
+                (None, Some((_, fd))) => {
+                    if !lives {
+                        lifeless.insert(listener.name.clone());
+                    }
+                    sockets.insert(listener.name, fd);
+                }
                 (None, None) => {
                     tracing::warn!(listener = listener.name, "no living generation holds its socket any more");
                 }
             }
         }
         let adopted = groups.into_values().flat_map(in_order).collect();
-        Orphans { generations, sockets, adopted }
+        // Copies, and what nobody knows of: in the way of those that are bound.
+        returned.close_sockets();
+        Orphans { generations, sockets, lifeless, adopted, returned }
+    }
+
+    /// Closes listeners that nobody has and that are asked for no more, before others are bound: they may be in the way. Gives
+    /// their inodes. Where a service bound for itself, and zddsup is to listen now, that one's socket is the listener.
+    pub fn close_unasked(&mut self, specs: &[ListenerSpec]) -> Vec<u64> {
+        for (place, adoptee) in self.adopted.iter().enumerate().filter(|(_, adoptee)| adoptee.owner == NOBODY) {
+            let Ok(copy) = adoptee.socket.try_clone() else { continue };
+            let mut one = BTreeMap::from([(format!("adopted-{place}"), copy)]);
+            listener::take_unasked(&mut one, specs);
+            self.sockets.append(&mut one);
+        }
+        let (mut lifeless, living): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            std::mem::take(&mut self.sockets).into_iter().partition(|(name, _)| self.lifeless.contains(name));
+        let unasked = listener::take_unasked(&mut lifeless, specs);
+        self.sockets = living;
+        self.sockets.append(&mut lifeless);
+        let close = |(name, fd): (String, OwnedFd)| {
+            let waiting = queue_length(&fd).ok().flatten().unwrap_or(0);
+            if waiting > 0 {
+                tracing::error!(
+                    listener = name,
+                    "is asked for no more, and {waiting} connections wait in its queue: reset"
+                );
+            } else {
+                tracing::info!(
+                    listener = name,
+                    "was a listener of the supervisor before and is asked for no more: closed"
+                );
+            }
+            // systemd has a copy for another moment.
+            let _only_of_those_that_listen = SockRef::from(&fd).shutdown(std::net::Shutdown::Read);
+            fstat(&fd).map_or(0, |found| found.st_ino)
+        };
+        unasked.into_iter().map(close).collect()
     }
 
     /// Takes out the sockets, by the names that they had.
@@ -117,6 +180,24 @@ impl Orphan {
     }
 }
 
+fn own_pid() -> i32 {
+    Pid::this().as_raw()
+}
+
+/// Whether a socket that nobody has was taken out of its address before: one that does not listen.
+fn has_left(socket: &OwnedFd) -> bool {
+    let socket = SockRef::from(socket);
+    socket.r#type().is_ok_and(|kind| kind != Type::DGRAM) && !socket.is_listener().unwrap_or(false)
+}
+
+/// The file of a Unix socket that was left for a supervisor after that one, while the socket is gone by now.
+fn remove_stale(file: &RecordedFile) {
+    let found = View::of(own_pid()).and_then(|view| SocketFile::found(view, &file.directory, &file.name, &file.hidden));
+    if let Err(error) = found.and_then(|found| found.remove(true)) {
+        tracing::debug!("the file of a socket that is gone is left alone: {error}");
+    }
+}
+
 /// The sockets of an address as the kernel has them now: into the place of one that nobody holds any more, the last moved
 /// (`reuseport_detach_sock`).
 fn in_order<T>(mut recorded: Vec<Option<T>>) -> Vec<T> {
@@ -147,8 +228,9 @@ fn recipe_of(pid: i32) -> Option<Recipe> {
 
 impl Driver {
     /// Makes what a killed supervisor left its own. Whether one of it serves.
-    pub(super) fn take_over(&mut self, orphans: Orphans) -> bool {
-        if orphans.generations.is_empty() {
+    pub(super) fn take_over(&mut self, mut orphans: Orphans) -> bool {
+        let nobody_lives = orphans.generations.is_empty();
+        if nobody_lives && orphans.adopted.is_empty() {
             return false;
         }
         let is_shared = |socket: &OwnedFd| {
@@ -167,6 +249,11 @@ impl Driver {
             } else {
                 self.adopted.found(owner, socket);
             }
+        }
+        self.hold_declared();
+        if nobody_lives {
+            self.adopted.ports.left_by(NOBODY);
+            return false;
         }
         // Who served; else who is ready.
         let living = |role| {
@@ -188,7 +275,10 @@ impl Driver {
                 if incumbent == Some(id) { "it serves on until this command is ready" } else { "it is drained" }
             );
             let recipe = main.as_ref().and_then(|(member, _)| recipe_of(member.pid));
-            let stderr = main.as_ref().and_then(|(_, pidfd)| pidfd.take_fd(2).ok());
+            let stored = orphans.returned.take(Own::Stderr, &recorded.marker);
+            let stderr = stored.or_else(|| main.as_ref().and_then(|(_, pidfd)| pidfd.take_fd(2).ok()));
+            let notify = orphans.returned.take(Own::Notify, &recorded.marker);
+            let calls = orphans.returned.take(Own::Calls, &recorded.marker);
             let running = Running {
                 id,
                 source: Source::Recorded(id),
@@ -199,7 +289,7 @@ impl Driver {
                 main: None,
                 cgroup: None,
                 group: Some(Arc::new(group)),
-                notify: None,
+                notify: notify.and_then(|fd| NotifySocket::found(fd).ok()).map(Arc::new),
                 notifier: None,
                 listens: 0,
                 has_listened: false,
@@ -227,6 +317,10 @@ impl Driver {
                 Some((member, pidfd)) => self.watch_main(id, member, pidfd, None),
                 None => self.main_is_gone(id),
             }
+            self.listen_to(id);
+            if let Some(notifier) = calls.and_then(|fd| Notifier::new(fd).ok()) {
+                self.watch_calls(id, Trap { notifier, no_new_privs: false });
+            }
         }
         let policy = self.machine.policy().clone();
         self.machine = Machine::resume(policy, incumbent, &leaving, self.now());
@@ -238,7 +332,7 @@ impl Driver {
     }
 
     /// Writes down who runs with which sockets, for the supervisor after this one.
-    pub(super) fn record(&self) {
+    pub(super) fn record(&mut self) {
         let generations =
             self.machine.generations().filter_map(|(id, generation)| self.recorded(id, generation.phase)).collect();
         let listeners = self
@@ -267,10 +361,12 @@ impl Driver {
             }))
             .chain(self.adopted.locals.recorded())
             .collect();
-        if let Err(error) = Recorded::new(generations, listeners).write(&self.state_file) {
+        let recorded = Recorded::new(generations, listeners);
+        if let Err(error) = recorded.write(&self.state_file) {
             let path = self.state_file.display();
             tracing::warn!("cannot write {path}: {error}; a supervisor after this one could not take over");
         }
+        self.store_above(&recorded);
     }
 
     fn recorded(&self, id: GenerationId, phase: Phase) -> Option<RecordedGeneration> {

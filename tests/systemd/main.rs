@@ -9,6 +9,7 @@ mod protocol;
 mod replacing;
 mod sockets;
 mod stage;
+mod stored;
 
 use common::real::installed;
 use common::{puppet, wait_for, PATIENCE};

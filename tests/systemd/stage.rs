@@ -193,10 +193,32 @@ impl Systemd {
     /// Requests to a port inside.
     #[must_use]
     pub fn load(&self, port: u16) -> Load {
-        let target = Target::Tcp(([127, 0, 0, 1], port).into());
+        self.load_of(Target::Tcp(([127, 0, 0, 1], port).into()))
+    }
+
+    /// Requests to anywhere inside.
+    #[must_use]
+    pub fn load_of(&self, target: Target) -> Load {
         let load = self.within(move || Load::start(Config { workers: 2, ..Config::new(target) }));
         assert!(load.more(20, PATIENCE), "no answers: {}\n{}", load.so_far(), self.log());
         load
+    }
+
+    /// Something that is done in the network inside.
+    pub fn inside<T: Send + 'static>(&self, act: impl FnOnce() -> T + Send + 'static) -> T {
+        let network = fs::File::open(format!("/proc/{}/ns/net", self.init)).unwrap();
+        // Threads inherit it from the one that makes them; this one is gone then.
+        let thread = std::thread::spawn(move || {
+            setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+            act()
+        });
+        thread.join().unwrap()
+    }
+
+    /// The test's directory: /run/stage inside.
+    #[must_use]
+    pub fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
     }
 
     /// A file of the test's directory: /run/stage inside.

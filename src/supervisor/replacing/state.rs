@@ -31,6 +31,7 @@ use crate::supervisor::run::most_kept;
 use crate::supervisor::running::Running;
 use crate::supervisor::spawning::Recipe;
 use crate::supervisor::store::{Keeping, Store};
+use crate::supervisor::stored_above;
 use crate::supervisor::upward::Told;
 
 /// Everything that a supervisor knows and its configuration does not say.
@@ -57,6 +58,8 @@ pub struct State {
     departed: BTreeSet<GenerationId>,
     canaries: Canaries,
     told_above: Told,
+    #[serde(default)]
+    stored_above: stored_above::Carried,
     cannot_trap: bool,
     speaks: bool,
     last_failure: Option<String>,
@@ -189,6 +192,7 @@ impl Driver {
             departed: std::mem::take(&mut self.departed),
             canaries: std::mem::take(&mut self.canaries),
             told_above: self.upward.told(),
+            stored_above: self.stored_above.carry()?,
             cannot_trap: self.cannot_trap,
             speaks: self.speaks,
             last_failure: self.last_failure.clone(),
@@ -213,6 +217,7 @@ impl Driver {
         self.departed = state.departed;
         self.canaries = state.canaries;
         self.upward.resume(state.told_above);
+        self.stored_above.resume(state.stored_above);
         self.cannot_trap = state.cannot_trap;
         self.speaks = state.speaks;
         self.last_failure = state.last_failure;
