@@ -79,7 +79,7 @@ async fn stop(client: &Client, flags: &Flags, progress: &mut Progress) -> Result
         }
     }
     if events.supervisor() == Some(1) {
-        // PID 1 of this container. It takes this process with it, but waits for it as long as the connection is there.
+        // PID 1 of this container. It takes with it whoever is left, and waits for a moment until this process has ended.
         progress.clear();
         text::print("stopped\n")?;
         std::process::exit(Exit::Done.code().into());

@@ -18,9 +18,8 @@ use std::time::{Duration, Instant};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use nix::unistd::{geteuid, Uid};
+use nix::unistd::{geteuid, Pid, Uid};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -28,6 +27,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::answers::{self, Answers};
 use super::place;
 use super::types::Handle;
+use crate::sys::pidfd::PidFd;
 
 /// How much of the supervisor its control socket can have.
 #[derive(Debug, Clone, Copy)]
@@ -236,8 +236,8 @@ impl Server {
         let _nobody_follows = ending.send(true);
         let all = async {
             while let Some(done) = connections.join_next().await {
-                if let (Ok(Some(stream)), 1) = (done, std::process::id()) {
-                    let _gone_or_broken = farewell(stream).await;
+                if let (Ok(Some(follower)), 1, End::Leave) = (done, std::process::id(), how) {
+                    farewell(follower).await;
                 }
             }
         };
@@ -300,13 +300,9 @@ async fn accept(listener: &tokio::net::UnixListener, room: Option<Instant>) -> i
     listener.accept().await.map(|(stream, _)| stream)
 }
 
-/// One connection, one request. What is left of it, if that was a stream of events.
-async fn connection(
-    stream: UnixStream,
-    answers: Answers,
-    limits: Limits,
-    asked: Arc<AtomicBool>,
-) -> Option<UnixStream> {
+/// One connection, one request. Gives who it was that followed the events.
+async fn connection(stream: UnixStream, answers: Answers, limits: Limits, asked: Arc<AtomicBool>) -> Option<Pid> {
+    let process = stream.peer_cred().ok().and_then(|peer| peer.pid());
     let peer = stream.peer_cred().map(|peer| Uid::from_raw(peer.uid()));
     let streaming = Arc::new(AtomicBool::new(false));
     let service = service_fn(|request| {
@@ -326,30 +322,26 @@ async fn connection(
     // One request a connection: there is no idle connection to be counted and timed.
     protocol.keep_alive(false).max_buf_size(limits.header).max_headers(64);
     protocol.timer(TokioTimer::new()).header_read_timeout(limits.time);
-    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service).without_shutdown());
+    let mut served = std::pin::pin!(protocol.serve_connection(TokioIo::new(stream), service));
     let done = match tokio::time::timeout(limits.time, &mut served).await {
         Ok(done) => done,
         Err(_too_slow) if streaming.load(Ordering::Relaxed) => served.await,
         Err(_too_slow) => {
             tracing::debug!("a control connection took too long: closed");
-            return None;
+            Ok(())
         }
     };
-    match done {
-        Ok(parts) => streaming.load(Ordering::Relaxed).then(|| parts.io.into_inner()),
-        Err(error) => {
-            tracing::debug!("control connection: {error}");
-            None
-        }
+    if let Err(error) = done {
+        tracing::debug!("control connection: {error}");
     }
+    process.filter(|_| streaming.load(Ordering::Relaxed)).map(Pid::from_raw)
 }
 
 /// The end of PID 1 is the end of all in its container: whoever followed the events there is to end first, and as it wants.
-async fn farewell(mut stream: UnixStream) -> io::Result<()> {
-    stream.shutdown().await?;
-    let mut rest = [0; 64];
-    while stream.read(&mut rest).await? > 0 {}
-    Ok(())
+async fn farewell(follower: Pid) {
+    if let Ok(process) = PidFd::open(follower) {
+        let _cannot_be_watched = process.exited().await;
+    }
 }
 
 /// The supervisor's own user, and root.

@@ -58,6 +58,7 @@ fn wanted(inode: u64, fd: &OwnedFd) -> Wanted<'_> {
 
 fn recorded(number: u32) -> Recorded {
     let generation = RecordedGeneration {
+        cgroup: None,
         number: GenerationId(number),
         pid: 1,
         start_ticks: 1,

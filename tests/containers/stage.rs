@@ -43,6 +43,8 @@ mount -o remount,ro .
 pivot_root . old
 exec chroot . sh -ec 'umount -l /old; [ ! -e /no-proc ] || umount /proc
     cd /; uid=$1; shift; set -- env -i PATH=/usr/bin:/bin "$@"
+    # It dies with its parent: that is lost with the user, and so said at last.
+    set -- setpriv --pdeathsig KILL "$@"
     [ "$uid" = rootless ] && set -- setpriv --reuid 65534 --regid 65534 --clear-groups unshare --user --map-root-user "$@" ||
         set -- setpriv --reuid "$uid" --regid 0 --clear-groups --inh-caps=-all --bounding-set=-all "$@"
     exec setsid "$@"' boot "$uid" "$@"
@@ -265,6 +267,11 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // PID 1, as far as it has come: all that is inside goes with it.
+        let parent = i32::try_from(self.child.id()).unwrap();
+        for stat in stats().into_iter().filter(|stat| stat.ppid == parent) {
+            let _gone = kill(Pid::from_raw(stat.pid), Signal::SIGKILL);
+        }
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
         if std::thread::panicking() {

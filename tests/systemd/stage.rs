@@ -215,12 +215,6 @@ impl Systemd {
         thread.join().unwrap()
     }
 
-    /// The test's directory: /run/stage inside.
-    #[must_use]
-    pub fn path(&self, name: &str) -> std::path::PathBuf {
-        self.dir.path().join(name)
-    }
-
     /// A file of the test's directory: /run/stage inside.
     pub fn write(&self, name: &str, text: &str) {
         let path = self.dir.path().join(name);
