@@ -7,8 +7,9 @@
 //!
 //! The incumbent serves all the while and hears of nothing. If it is lost, the candidate is there already, and is switched to.
 
-use serde::{Deserialize, Serialize};
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::generation::InFlight;
 use super::stopping::Life;

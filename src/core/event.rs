@@ -1,7 +1,8 @@
 //! What goes into the core and what comes out.
 
-use super::{Canary, End, GenerationId, Time};
 use serde::{Deserialize, Serialize};
+
+use super::{Canary, End, GenerationId, Time};
 
 /// Number of a transaction: an upgrade, a rollback, a restart, a start. Counted up, never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

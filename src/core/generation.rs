@@ -11,8 +11,9 @@
 //!                       └──────────┴──────────>  Sweeping ─> Clearing ─> (released)
 //! ```
 
-use super::{Canary, Kind, Time, UpgradeId};
 use serde::{Deserialize, Serialize};
+
+use super::{Canary, Kind, Time, UpgradeId};
 
 /// Number of a generation: from 1, counted up with each spawn, never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

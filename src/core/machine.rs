@@ -1,7 +1,8 @@
 //! The state, and what each event does in each phase.
 
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
 
 use super::canary::Wait;
 use super::recovery::Restarts;

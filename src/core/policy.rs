@@ -1,7 +1,8 @@
 //! What the machine decides by, and its measure of time.
 
-use serde::{Deserialize, Serialize};
 use std::{ops::Add, time::Duration};
+
+use serde::{Deserialize, Serialize};
 
 /// A moment: monotonic time since the supervisor's start. The core is told it and never reads a clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]

@@ -1,9 +1,10 @@
 //! The incumbent was lost: restart policy, backoff, limit.
 
+use serde::{Deserialize, Serialize};
+
 use super::policy::RestartWhen;
 use super::stopping::Life;
 use super::{End, Failure, Finish, GenerationId, Kind, Machine, Notice, Outcome, Stage, Time};
-use serde::{Deserialize, Serialize};
 
 /// What is remembered of losses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]

@@ -1,10 +1,11 @@
 //! What the service as a whole is doing: the transaction that is in flight, if one is.
 
+use serde::{Deserialize, Serialize};
+
 use super::canary::Wait;
 use super::generation::InFlight;
 use super::upgrade::Versions;
 use super::{Canary, GenerationId, Time};
-use serde::{Deserialize, Serialize};
 
 /// What the service as a whole is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

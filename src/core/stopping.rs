@@ -1,7 +1,8 @@
 //! How generations and the service end: drain, stop, kill, sweep; lame duck, graceful stop, quick stop.
 
-use serde::{Deserialize, Serialize};
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use super::{Action, Answer, Finish, GenerationId, Machine, Notice, Outcome, Phase, Stage, Time};
 

@@ -1,7 +1,6 @@
 //! A socket that nothing new is steered to, until what it had before is gone: closing it earlier resets connections that the
 //! kernel has accepted for it.
 
-use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
@@ -9,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 use socket2::{SockRef, Type};
 
 use super::diag;

@@ -14,7 +14,6 @@
 //! and so our child, and stays there, dead, until we reap it: where there is a dead one that was not there before, the
 //! look was no good.
 
-use serde::{Deserialize, Serialize};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,6 +25,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use super::cgroup::Cgroup;
 use super::table::{self, Marked, Stat};

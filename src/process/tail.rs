@@ -1,8 +1,9 @@
 //! The last lines of what a generation wrote to its stderr, for reports.
 
-use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 const MOST_LINES: usize = 20;
 const MOST_BYTES: usize = 1024;

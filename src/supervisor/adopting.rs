@@ -8,11 +8,12 @@
 //!  release   ─> the socket stays open here until its queue is empty, and only then leaves
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use super::driver::{Driver, Input};
 use super::leaving::Leaving;

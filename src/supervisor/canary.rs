@@ -7,10 +7,10 @@
 //!  switch   ─> everything to the candidate, as ever
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::adopting::Adopted;

@@ -8,10 +8,11 @@
 //!  nobody listens there any more      it is reset
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
 
 use super::adopting::{Adopted, LOOK_AGAIN};
 use super::driver::Driver;

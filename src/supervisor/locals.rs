@@ -10,7 +10,6 @@
 //!  release   ─> the second name goes, and the file too unless another one is there
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -20,6 +19,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 use socket2::{SockAddr, SockRef, Type};
 
 use super::caught::Verdict;

@@ -1,10 +1,10 @@
 //! Ports that the kernel chose for services that bound port 0: the next generation gets the same.
 
-use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use crate::core::GenerationId;

@@ -1,8 +1,9 @@
 //! The history of transactions, for the status, the log and whoever waits.
 
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::control::types::{CanaryReport, PhaseTime, Proof, UpgradeKind, UpgradePhase, UpgradeReport, UpgradeResult};
 use crate::core::{GenerationId, Kind, Outcome, UpgradeId};

@@ -1,11 +1,11 @@
 //! What is held for a generation while it lives. Dropped when it is released, and everything of it with it.
 
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::Uid;
+use serde::{Deserialize, Serialize};
 use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::core::{End, GenerationId, Source};

@@ -1,6 +1,5 @@
 //! The one place where a generation's program, environment and fds are made.
 
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
 
 use super::driver::{Driver, Input};
 use super::running::{Running, Said, Tasks, Watchdog};

@@ -1,13 +1,13 @@
 //! What generations leave with the supervisor: stored fds (FDSTORE in `sd_notify(3)`), and what is kept for the next
 //! generation on the handoff socket.
 
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 
 use crate::core::GenerationId;
 use crate::proto::handoff::{MAX_KEEPS, MAX_KEPT_BYTES};

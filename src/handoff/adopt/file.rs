@@ -9,7 +9,6 @@
 //!
 //! All of it is done as the service itself would ([`View`]), so that nothing is allowed that is not allowed to it.
 
-use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -18,6 +17,7 @@ use std::os::unix::fs::{lchown, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 use socket2::{SockAddr, SockRef};
 
 use crate::sys::view::View;

@@ -10,7 +10,6 @@
 //!  [ a C ]      a leaves: C is alone, whatever the program says
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,6 +18,7 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
+use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use super::key::{Key, Protocol};

@@ -1,13 +1,13 @@
 //! Which group a socket is in: what the kernel compares when a socket joins one (`inet_reuseport_add_sock`,
 //! `udp_reuseport_add_sock`).
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockRef, Type};
 
 use super::program::{Draw, Family};

@@ -10,8 +10,9 @@
 //!  slots      of those of the part, the remainder says which
 //! ```
 
-use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
 
 use crate::sys::steer::Instruction;
 
