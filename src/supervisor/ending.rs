@@ -40,6 +40,7 @@ impl Driver {
         match result {
             Ok(spawned) => {
                 tracing::info!(generation = %id, pid = spawned.member.pid, program = %running.program_path(), "started");
+                running.executed = Some(Instant::now());
                 self.watch_main(id, spawned.member, spawned.pidfd, Some(spawned.end));
                 self.happened(Event::Spawned(id));
                 self.reports.spawned(id, Instant::now());

@@ -1,7 +1,7 @@
 //! How the supervisor learns that a candidate can serve.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::adopting::GIVEN_UP;
 use super::driver::{Driver, Input};
@@ -16,7 +16,8 @@ impl Driver {
     /// A candidate runs: waits for what shows that it is ready.
     pub(super) fn await_ready(&mut self, id: GenerationId) {
         let inbox = self.inbox.clone();
-        let Some(since) = self.running.get(&id).map(|running| running.since) else { return };
+        let Some(running) = self.running.get(&id) else { return };
+        let since = running.executed.unwrap_or_else(Instant::now);
         let settles = since + self.settles_after();
         let task = match &self.config.ready {
             // It says so itself.

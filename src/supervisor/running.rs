@@ -37,6 +37,9 @@ pub struct Running {
     /// When its spawn began.
     #[serde(with = "with::moment")]
     pub since: Instant,
+    /// When its program was executed.
+    #[serde(with = "with::moment_option", default)]
+    pub executed: Option<Instant>,
     /// The process whose end is the generation's; none while it is spawned, and once it was reaped.
     pub main: Option<Main>,
     /// Its cgroup, until it has processes: then it is its group's.

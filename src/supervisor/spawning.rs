@@ -95,6 +95,7 @@ impl Driver {
             marker: format!("{:032x}", fastrand::u128(..)),
             uid: geteuid(),
             since: Instant::now(),
+            executed: None,
             main: None,
             cgroup: None,
             group: None,

@@ -286,6 +286,7 @@ impl Driver {
                 marker: recorded.marker,
                 uid: geteuid(),
                 since: Instant::now(),
+                executed: None,
                 main: None,
                 cgroup: None,
                 group: Some(Arc::new(group)),

@@ -172,6 +172,26 @@ fn nor_with_the_handoff_socket_alone() {
     twenty_clients_never_notice(&["--handoff", "socket"]);
 }
 
+/// What is under way between generations goes on, too, when zddsup itself is another one: their handoff sockets are the same.
+#[test]
+fn nor_when_zddsup_is_replaced_in_the_middle_of_it() {
+    let supervisor = start(&[]);
+    let clients = Clients::start(supervisor.address(), 20);
+    clients.more(20);
+    for round in 1..=5 {
+        supervisor.signal(Signal::SIGHUP);
+        supervisor.signal(Signal::SIGUSR2);
+        supervisor.wait_until("both are done", |status| {
+            status.supervisor.replaced == round
+                && status.serving.is_some_and(|serving| u64::from(serving.0) == round + 1)
+        });
+        supervisor.wait_settled();
+        clients.more(20);
+    }
+    clients.stop();
+    assert_eq!(supervisor.status().restarts, 0);
+}
+
 #[test]
 fn a_line_of_which_half_was_read_is_passed_on_too() {
     let supervisor = start(&[]);

@@ -273,6 +273,30 @@ fn serves_on(systemd: &Systemd, port: u16, signal: &str) {
     assert_eq!(summary.order(), ["1", "2", "3"], "{summary}");
 }
 
+/// What systemd holds is kept in step by the program that goes on, and the calls that it takes are held still.
+#[test]
+fn so_it_is_after_self_upgrades() {
+    let Some(systemd) = puppet_adopted("KillMode=process\n") else { return };
+    start(&systemd);
+    // The state, its socket, its stderr, its calls, its notify socket.
+    holds(&systemd, 5);
+    let load = systemd.load(8080);
+    for version in 2..=3 {
+        let replaced = systemd.command("/run/target/zddsup", &["self-upgrade", "--name", "web"]).output().unwrap();
+        assert!(replaced.status.success(), "{replaced:?}\n{}", systemd.log());
+        systemd.write("script", &format!("--version {version}"));
+        systemd.must(&["reload", "zddsup@web"]);
+        saw(&systemd, &load, &version.to_string());
+        holds(&systemd, 5);
+    }
+    systemd.write("script", "--version 4");
+    lose(&systemd, "KILL");
+    saw(&systemd, &load, "4");
+    let summary = load.stop();
+    summary.assert_clean();
+    assert_eq!(summary.order(), ["1", "2", "3", "4"], "{summary}");
+}
+
 /// It binds some more while no zddsup is there: the call waits for the next one, which reads what it said of it, too.
 #[test]
 fn calls_that_are_made_while_no_zddsup_is_there_wait() {

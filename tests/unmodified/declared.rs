@@ -110,7 +110,7 @@ fn one_that_binds_elsewhere_leaves_it_open_and_is_told() {
 
 #[test]
 fn the_same_port_of_another_address_is_another() {
-    let site = Site::new();
+    let (site, _reserved) = Site::and_at("127.0.0.2");
     let words = ["--handoff", "adopt", "--listen", "ADDRESS", "--ready", "notify", "--"];
     let puppet = puppet();
     let supervisor = site.start(&[words.as_slice(), &[&puppet, "--bind", "127.0.0.2:PORT"]].concat());

@@ -20,17 +20,31 @@ pub struct Site {
     _reserved: Socket,
 }
 
+fn reserve(address: SocketAddr) -> std::io::Result<Socket> {
+    let reserved = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    reserved.set_reuse_address(true)?;
+    reserved.bind(&address.into())?;
+    Ok(reserved)
+}
+
 impl Site {
     pub fn new() -> Site {
         Site::at("127.0.0.1")
     }
 
+    /// With a port that nobody else has at the second address either, as long as what is given with it is held.
+    pub fn and_at(second: &str) -> (Site, Socket) {
+        let both = || {
+            let site = Site::new();
+            let reserved = reserve(SocketAddr::new(second.parse().unwrap(), site.address.port())).ok()?;
+            Some((site, reserved))
+        };
+        std::iter::repeat_with(both).flatten().next().unwrap()
+    }
+
     /// At another address of this machine.
     pub fn at(ip: &str) -> Site {
-        let any_port = SocketAddr::new(ip.parse().unwrap(), 0);
-        let reserved = Socket::new(Domain::for_address(any_port), Type::STREAM, None).unwrap();
-        reserved.set_reuse_address(true).unwrap();
-        reserved.bind(&any_port.into()).unwrap();
+        let reserved = reserve(SocketAddr::new(ip.parse().unwrap(), 0)).unwrap();
         let address = reserved.local_addr().unwrap().as_socket().unwrap();
         let dir = tempfile::tempdir().unwrap();
         // For servers that become another user.
