@@ -74,7 +74,7 @@ async fn stop(client: &Client, flags: &Flags, progress: &mut Progress) -> Result
             Err(_nothing_new) => {}
             Ok(Ok(Some(event))) => living.take(event),
             // A stream that breaks is how a supervisor ends that was asked twice.
-            Ok(Ok(None)) => break,
+            Ok(Ok(None) | Err(ClientError::Gone { .. } | ClientError::Unreachable { .. })) => break,
             Ok(Err(error)) => return Err(error.into()),
         }
     }

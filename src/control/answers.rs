@@ -16,7 +16,7 @@ use serde::Serialize;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, oneshot, watch, OwnedSemaphorePermit, Semaphore};
 
-use super::server::Limits;
+use super::server::{End, Limits};
 use super::types::{self, Accepted, Command, Event, Handle, Refusal, Replacing, Reply, Status, Stopping};
 use super::{metrics, sse};
 use crate::config::canary::CanaryFlags;
@@ -32,7 +32,7 @@ pub struct Answers {
     handle: Handle,
     limits: Limits,
     streams: Arc<Semaphore>,
-    ended: watch::Receiver<bool>,
+    ended: watch::Receiver<Option<End>>,
 }
 
 /// What a request means.
@@ -46,7 +46,7 @@ enum Wanted {
 impl Answers {
     /// For this supervisor, until `ended`.
     #[must_use]
-    pub fn new(handle: Handle, limits: Limits, ended: watch::Receiver<bool>) -> Self {
+    pub fn new(handle: Handle, limits: Limits, ended: watch::Receiver<Option<End>>) -> Self {
         Answers { handle, limits, streams: Arc::new(Semaphore::new(limits.streams)), ended }
     }
 
@@ -111,8 +111,14 @@ impl Answers {
         // Before the status is asked for, so that nothing falls between the two.
         let news = self.handle.events.subscribe();
         let first = self.status().await?;
-        let follower =
-            Follower { answers: self.clone(), news, next: Some(Event::Status(first)), lagged: false, _slot: slot };
+        let follower = Follower {
+            answers: self.clone(),
+            news,
+            next: Some(Event::Status(first)),
+            lagged: false,
+            told: false,
+            _slot: slot,
+        };
         let frames = stream::unfold(follower, |mut follower| async {
             let event = follower.event().await?;
             Some((Ok(Frame::data(Bytes::from(sse::encode(&event)))), follower))
@@ -130,6 +136,8 @@ struct Follower {
     news: broadcast::Receiver<Event>,
     next: Option<Event>,
     lagged: bool,
+    /// Whether it was told to come again.
+    told: bool,
     _slot: OwnedSemaphorePermit,
 }
 
@@ -145,14 +153,20 @@ impl Follower {
         let received = tokio::select! {
             biased;
             received = self.news.recv() => received,
-            _ = self.answers.ended.wait_for(|&ended| ended) => match self.news.try_recv() {
+            ended = self.answers.ended.wait_for(Option::is_some) => match self.news.try_recv() {
                 Ok(event) => Ok(event),
                 Err(TryRecvError::Lagged(missed)) => Err(RecvError::Lagged(missed)),
-                Err(TryRecvError::Empty | TryRecvError::Closed) => return None,
+                Err(TryRecvError::Empty | TryRecvError::Closed) => {
+                    let goes_on = ended.is_ok_and(|how| *how == Some(End::HandOver));
+                    return (goes_on && !std::mem::replace(&mut self.told, true)).then_some(Event::Replacing);
+                }
             },
         };
         match received {
-            Ok(event) => Some(event),
+            Ok(event) => {
+                self.told |= event == Event::Replacing;
+                Some(event)
+            }
             Err(RecvError::Lagged(missed)) => {
                 self.lagged = true;
                 Some(Event::Lagged { missed })

@@ -14,6 +14,7 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::{utf8_percent_encode, NON_ALPHANUMERIC};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 use super::sse::{Decoder, SseError};
 use super::types::{Accepted, Command, Event, Refusal, Replacing, Reply, Status, Stopping};
@@ -145,7 +146,7 @@ impl Client {
                 body: response.into_body(),
                 decoder: Decoder::default(),
                 peer,
-                replaced: false,
+                again: None,
             })
         };
         self.patiently(following).await
@@ -249,8 +250,8 @@ pub struct Events {
     body: Incoming,
     decoder: Decoder,
     peer: Option<i32>,
-    /// It is to be followed again.
-    replaced: bool,
+    /// It is followed again.
+    again: Option<JoinHandle<Result<Events, ClientError>>>,
 }
 
 impl Events {
@@ -261,14 +262,15 @@ impl Events {
             let strange = |error: SseError| self.client.strange(error.to_string());
             match self.decoder.event().map_err(strange)? {
                 Some(Event::Replacing) => {
-                    self.replaced = true;
+                    let client = self.client.clone();
+                    self.again = Some(tokio::spawn(async move { client.events().await }));
                     continue;
                 }
                 Some(event) => return Ok(Some(event)),
                 None => {}
             }
-            if self.replaced {
-                *self = self.client.events().await?;
+            if let Some(again) = &mut self.again {
+                *self = again.await.map_err(|error| self.client.strange(error.to_string()))??;
                 continue;
             }
             match self.body.frame().await {

@@ -200,7 +200,7 @@ impl Server {
                 };
             }
         };
-        let (ending, ended) = watch::channel(false);
+        let (ending, ended) = watch::channel(None);
         let answers = Answers::new(handle, self.limits, ended);
         let mut seats = Seats { most: self.limits.connections, patience: self.limits.patience, taken: Vec::new() };
         let mut connections = JoinSet::new();
@@ -233,7 +233,7 @@ impl Server {
             End::HandOver => Some(self),
         };
         drop(answers);
-        let _nobody_follows = ending.send(true);
+        let _nobody_follows = ending.send(Some(how));
         let all = async {
             while let Some(done) = connections.join_next().await {
                 if let (Ok(Some(follower)), 1, End::Leave) = (done, std::process::id(), how) {

@@ -129,6 +129,11 @@ impl Listener {
         let listener = Listener { spec, origin, bound, held };
         match listener.repair() {
             Ok(_) => Ok(listener),
+            // It was put right as far as it goes.
+            Err(why) if SockRef::from(&*listener.fd()).is_listener().unwrap_or(false) => {
+                tracing::error!(listener = listener.name(), "{why}");
+                Ok(listener)
+            }
             Err(source) => Err(error(&listener.spec, Why::System { step: "listening", source })),
         }
     }

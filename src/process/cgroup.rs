@@ -191,9 +191,7 @@ impl Cgroup {
     /// Whether nobody lives in it or below.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        let events = fs::read_to_string(self.path.join("cgroup.events"));
-        // One that was removed was empty.
-        events.map_or(true, |events| events.lines().any(|line| line == "populated 0"))
+        is_unpopulated(&self.path)
     }
 
     /// SIGKILL to all of them at once, and to what they fork. Before Linux 5.14 an error.
@@ -226,6 +224,12 @@ pub mod recorded {
     }
 }
 
+fn is_unpopulated(path: &Path) -> bool {
+    let events = fs::read_to_string(path.join("cgroup.events"));
+    // One that was removed was empty.
+    events.map_or(true, |events| events.lines().any(|line| line == "populated 0"))
+}
+
 fn open_to_write(path: &Path) -> io::Result<OwnedFd> {
     Ok(OpenOptions::new().write(true).open(path)?.into())
 }
@@ -254,6 +258,10 @@ fn tree(top: &Path) -> Vec<PathBuf> {
 
 /// From the bottom up. One that somebody lives in stays (EBUSY), and so does what it is in.
 fn remove(top: &Path) {
+    // One that somebody lives in below may just be filling others.
+    if !is_unpopulated(top) {
+        return;
+    }
     for directory in tree(top).iter().rev() {
         let _lived_in_or_gone = fs::remove_dir(directory);
     }

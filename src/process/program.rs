@@ -218,6 +218,12 @@ impl Program {
         })
     }
 
+    /// Whether [`Program::found`] is still this file, with the content that it had.
+    #[must_use]
+    pub fn is_untouched(&self) -> bool {
+        self.is_current() && !self.was_overwritten()
+    }
+
     /// Its first bytes, as far as they can be read.
     pub(super) fn head(&self) -> Vec<u8> {
         let mut head = vec![0; 4096];

@@ -253,7 +253,7 @@ fn expect(found: usize, expected: usize) -> Result<(), HandoffError> {
 }
 
 /// Bytes as base64 (RFC 4648, with padding).
-mod state {
+pub(crate) mod state {
     use super::{Deserialize, Engine, BASE64_STANDARD};
     use serde::{Deserializer, Serializer};
     use std::borrow::Cow;

@@ -204,8 +204,12 @@ async fn supervise(
         config.check_listeners(&listeners)?;
         server = Server::bind(config.control.as_deref().unwrap_or(&file("sock")))?;
     }
-    let cgroups = cgroups(&config)?;
-    let _pid_file = config.pid_file.as_deref().map(write_pid_file).transpose()?;
+    // What was there before is no reason to end a service that runs.
+    let (cgroups, _pid_file) = if state.is_some() {
+        (or_log(cgroups(&config)).flatten(), config.pid_file.as_deref().and_then(|path| or_log(write_pid_file(path))))
+    } else {
+        (cgroups(&config)?, config.pid_file.as_deref().map(write_pid_file).transpose()?)
+    };
 
     let (commands, mut asked) = mpsc::channel(64);
     let (inbox, mut inputs) = mpsc::unbounded_channel();
@@ -225,8 +229,13 @@ async fn supervise(
         }
         if driver.is_to_be_replaced() {
             answering.let_go();
-            if let Some(server) = answering.resting() {
-                driver.replace_itself(&mut inputs, &lock, server).await;
+            match answering.resting() {
+                Some(server) => driver.replace_itself(&mut inputs, &lock, server).await,
+                None => driver.give_up_in_time(),
+            }
+            if !driver.is_to_be_replaced() {
+                // Nothing came of it.
+                continue;
             }
         } else {
             answering.begin();
@@ -292,6 +301,10 @@ async fn until(due: Option<Instant>) {
 /// How many fds generations may keep for each other.
 pub(super) fn most_kept() -> usize {
     limits::own_nofile() / KEPT_SHARE
+}
+
+fn or_log<T, E: std::fmt::Display>(result: Result<T, E>) -> Option<T> {
+    result.inspect_err(|error| tracing::error!("{error}")).ok()
 }
 
 fn write_pid_file(path: &Path) -> Result<PidFile, StartError> {
@@ -372,6 +385,9 @@ impl Driver {
         self.put_together(state);
         self.replacements += 1;
         self.wake();
+        // Signs of life that came meanwhile were not read yet.
+        let now = Instant::now();
+        self.running.values_mut().for_each(|running| running.watchdog.fed_if_due(now));
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             "goes on in the place of another zddsup: {}",

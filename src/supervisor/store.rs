@@ -142,6 +142,7 @@ pub struct Kept {
     /// What it is called.
     pub name: String,
     /// Bytes that go with it.
+    #[serde(with = "crate::proto::handoff::state")]
     pub state: Vec<u8>,
     /// Open files that go with it.
     #[serde(with = "fds::shared_list")]

@@ -89,6 +89,22 @@ fn a_service_that_serves_notices_nothing() {
     assert!(stage.supervisor.wait().success(), "{}", stage.log());
 }
 
+/// The first socket of the address, which zddsup bound, is closed by then: the next ones are what goes on.
+#[test]
+fn where_each_generation_has_a_socket_of_its_own() {
+    for flags in [&["--switch", "steered"][..], &["--switch", "steered", "--bake", "300ms"]] {
+        let stage = Stage::start(flags, "--version 1");
+        let loads = loads(&stage);
+        for version in 2..5 {
+            stage.next(&format!("--version {version}"));
+            stage.upgrade();
+            stage.wait_settled();
+            replace(&stage);
+        }
+        clean(&stage, loads, &["1", "2", "3", "4"]);
+    }
+}
+
 #[test]
 fn while_a_candidate_starts() {
     let stage = Stage::start(&[], "--version 1");
@@ -286,6 +302,34 @@ fn a_program_that_cannot_changes_nothing() {
     replace(&stage);
     stage.next("--version 2");
     stage.upgrade();
+    clean(&stage, loads, &["1", "2"]);
+}
+
+/// After the trial there is no way back but this: the old one goes on with all that it had.
+#[test]
+fn a_program_that_cannot_be_executed_after_all_changes_nothing() {
+    let stage = Stage::start_by_link(&[], "--version 1");
+    let loads = loads(&stage);
+    let passes = "echo 'zddsup can go on with this service'";
+    for (number, (name, then)) in [("locked", "chmod -x \"$0\""), ("changed", "echo >> \"$0\"")].into_iter().enumerate()
+    {
+        stage.put(&script(&stage, name, &format!("{then}; {passes}")));
+        let output = stage.cli(&["self-upgrade"]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}\n{}", stage.log());
+        assert!(said.contains("the old one goes on"), "{said}");
+        assert_eq!(stage.status().supervisor.replaced, 0);
+        // It hears its generations still.
+        let text = format!("heard{number}");
+        assert!(request(stage.address(), &format!("/notify?text=STATUS={text}")).contains("version=1 "));
+        stage.wait_until("it is heard", |status| {
+            status.generations.iter().any(|one| one.status.as_deref() == Some(text.as_str()))
+        });
+    }
+    stage.next("--version 2");
+    stage.upgrade();
+    stage.put(Path::new(ZDDSUP));
+    replace(&stage);
     clean(&stage, loads, &["1", "2"]);
 }
 

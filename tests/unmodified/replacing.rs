@@ -56,6 +56,23 @@ fn between_upgrades_and_while_one_listens_that_is_not_ready() {
 }
 
 #[test]
+fn where_zddsup_listens_besides() {
+    let site = Site::new();
+    let supervisor = start(&site, &["--listen", "ADDRESS", "--handoff", "adopt"], "--version 1");
+    let loads = loads(&site.load());
+    for version in 2..5 {
+        replace(&supervisor);
+        site.write("script", &format!("--version {version}"));
+        supervisor.upgrade();
+        supervisor.wait_settled();
+    }
+    for load in loads {
+        assert!(load.saw("4", PATIENCE), "{}\n{}", load.so_far(), supervisor.log());
+        load.stop().assert_clean();
+    }
+}
+
+#[test]
 fn a_canary_keeps_its_share_and_its_check() {
     let site = Site::new();
     let supervisor = start(&site, &[], "--version 1");

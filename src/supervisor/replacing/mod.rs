@@ -126,6 +126,13 @@ impl Driver {
         }
     }
 
+    /// Gives it up if its time is over and nothing came of it.
+    pub(super) fn give_up_in_time(&mut self) {
+        if self.replacement_due().is_some_and(|due| due <= Instant::now()) {
+            self.give_up(&ReplaceError::Busy);
+        }
+    }
+
     /// Whether nothing is under way of which the other program could not know.
     fn is_at_rest(&self) -> bool {
         let spawns = |running: &Running| running.main.is_none() && running.end.is_none();
@@ -171,10 +178,11 @@ impl Driver {
         let Some(Replacement::Agreed { program, .. }) = self.replacement.take() else { return };
         let Err(error) = self.execute(&program, lock, server);
         self.give_up(&error);
+        self.wake();
     }
 
     fn execute(&mut self, program: &Program, lock: &Lock, server: &Server) -> Result<Infallible, ReplaceError> {
-        if !program.is_current() {
+        if !program.is_untouched() {
             // Not what was tried.
             let program = program.found().display().to_string();
             return Err(ReplaceError::Refused { program, why: "it was changed meanwhile".to_owned() });
@@ -187,7 +195,6 @@ impl Driver {
             program::execute(program, &document, &kept)
         });
         self.put_together(state);
-        self.wake();
         executed
     }
 

@@ -7,7 +7,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use super::state::State;
 use super::{STATE_VAR, TRIAL_VAR};
 use crate::config::{environment, ServiceConfig};
+use crate::control::place;
 use crate::process::identity::Identity;
+use crate::process::table;
 use crate::state::fds::Passed;
 use crate::state::{self, StateError};
 use crate::supervisor::run;
@@ -92,6 +94,8 @@ pub fn try_state(config: &ServiceConfig) -> Result<(), LeftError> {
     environment::for_generation(config).map_err(|error| problem(&error))?;
     Identity::resolve(config.user.as_deref(), config.group.as_deref()).map_err(|error| problem(&error))?;
     run::tls(config).map_err(|error| problem(&error))?;
+    place::runtime_dir().map_err(|error| problem(&error))?;
+    table::check_own_proc().map_err(|error| problem(&error))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| problem(&error))?;
     // Nothing is dropped: what it names is in use.

@@ -15,7 +15,6 @@ use crate::control::types as control;
 use crate::core::{GenerationId, Machine, Phase};
 use crate::handoff::channel::{self, Channel};
 use crate::listener::inherit::Inherited;
-use crate::listener::Listener;
 use crate::process::capture;
 use crate::process::limits::Limit;
 use crate::process::output::Capture;
@@ -28,7 +27,7 @@ use crate::supervisor::ending;
 use crate::supervisor::instance::Lock;
 use crate::supervisor::reports::Reports;
 use crate::supervisor::run::most_kept;
-use crate::supervisor::running::Running;
+use crate::supervisor::running::{Running, Tasks};
 use crate::supervisor::spawning::Recipe;
 use crate::supervisor::store::{Keeping, Store};
 use crate::supervisor::stored_above;
@@ -161,21 +160,25 @@ impl State {
 impl Driver {
     /// Takes what travels out of the driver. [`Driver::put_together`] puts it back.
     pub(super) fn take_apart(&mut self, instance: Instance) -> std::io::Result<State> {
-        let listeners = self.listeners.iter().map(|listener: &Listener| Held {
+        let listeners = self.listeners.iter().enumerate().map(|(place, listener)| Held {
             name: listener.name().to_owned(),
             passed: listener.is_passed(),
-            fd: listener.fd(),
+            fd: self.living_socket(place).unwrap_or_else(|| listener.fd()),
         });
+        let listeners = listeners.collect();
         let channels = self.running.iter().filter_map(|(id, running)| Some((*id, running.channel.as_ref()?.carry())));
         let channels = channels.filter_map(|(id, carried)| Some(carried.transpose()?.map(|carried| (id, carried))));
+        // All that may fail comes before anything is moved.
+        let channels = channels.collect::<std::io::Result<_>>()?;
+        let stored_above = self.stored_above.carry()?;
         let captures =
             self.running.iter().filter_map(|(id, running)| Some((*id, running.capture.as_ref()?.carry()))).collect();
         let policy = self.machine.policy().clone();
         Ok(State {
             service: self.config.name.clone(),
             instance,
-            listeners: listeners.collect(),
-            channels: channels.collect::<std::io::Result<_>>()?,
+            listeners,
+            channels,
             captures,
             machine: std::mem::replace(&mut self.machine, Machine::new(policy)),
             epoch: self.epoch,
@@ -192,11 +195,21 @@ impl Driver {
             departed: std::mem::take(&mut self.departed),
             canaries: std::mem::take(&mut self.canaries),
             told_above: self.upward.told(),
-            stored_above: self.stored_above.carry()?,
+            stored_above,
             cannot_trap: self.cannot_trap,
             speaks: self.speaks,
             last_failure: self.last_failure.clone(),
         })
+    }
+
+    /// Of a listener at which each generation has a socket of its own: one that listens. The first one, which zddsup bound, may
+    /// be out of its group by now, and must not come back.
+    fn living_socket(&self, place: usize) -> Option<Arc<OwnedFd>> {
+        let (key, _) = self.adopted.declared.iter().find(|(_, other)| **other == place)?;
+        let members = self.adopted.groups.get(key)?.members().filter(|(.., leaving)| !leaving);
+        let (members, serving) = (members.collect::<Vec<_>>(), self.machine.serving());
+        let own = members.iter().find(|(owner, ..)| Some(*owner) == serving).or_else(|| members.first());
+        own.map(|(_, socket, _)| Arc::clone(socket))
     }
 
     /// Goes on with it: in the program that was started in the place of another one, or where that could not be.
@@ -258,12 +271,19 @@ impl Driver {
     pub(in crate::supervisor) fn wake(&mut self) {
         let ids: Vec<_> = self.running.keys().copied().collect();
         for id in ids {
+            let Some(running) = self.running.get_mut(&id) else { continue };
+            running.tasks = Tasks::default();
+            if running.main.is_none() {
+                // It is being spawned: what that comes to begins them.
+                continue;
+            }
             self.watch_again(id);
             self.listen_to(id);
             self.take_calls(id);
-            let starts = self.machine.generations().any(|(other, generation)| {
-                other == id && matches!(generation.phase, Phase::Starting { .. } | Phase::Spawning { .. })
-            });
+            let starts = self
+                .machine
+                .generations()
+                .any(|(other, generation)| other == id && matches!(generation.phase, Phase::Starting { .. }));
             if starts {
                 self.await_ready(id);
                 self.await_quiet(id);
