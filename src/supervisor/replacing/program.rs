@@ -105,10 +105,15 @@ pub async fn tried(program: &Program, state: &[u8], reaper: Reaper) -> Result<()
     let refused = |why: String| ReplaceError::Refused { program: name.clone(), why };
     let mut child = child(program, state)?;
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(0));
-    // The one who reaps tells of its end, as of all others'.
+    // The one who reaps tells of its end, as of all others'; it is asked as soon as there is one.
     let end = reaper.watch(pid);
     let held = PidFd::open(pid).map_err(|source| ReplaceError::System { what: "watch the other program", source })?;
-    let end = tokio::time::timeout(LONGEST_TRIAL, end).await;
+    let ended = async {
+        let _cannot_be_watched = held.exited().await;
+        reaper.reap();
+        end.await
+    };
+    let end = tokio::time::timeout(LONGEST_TRIAL, ended).await;
     let Ok(Ok(end)) = end else {
         let _gone_already = held.signal(Signal::SIGKILL);
         return Err(refused(format!("it did not answer within {LONGEST_TRIAL:?}; is it zddsup?")));
