@@ -1,21 +1,16 @@
 //! `zddsup run`: supervises a service to its end.
 
-use std::time::Duration;
-
 use super::exit::{Exit, Failure};
 use super::{log, text};
 use crate::config::flags::RunFlags;
 use crate::config::ServiceConfig;
 use crate::core::{End, Finish};
 use crate::listener::inherit::Inherited;
-use crate::process::output::Output;
+use crate::process::output::{Output, LAST_LINES};
 use crate::supervisor::replacing::{start, TRIAL_PASSED};
 use crate::supervisor::run::{self, Ended, StartError};
 use crate::supervisor::signals;
 use crate::sys::memory;
-
-/// How long a slow stderr is waited for at the end.
-const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Runs it. The exit code says how it ended (docs/exit-codes.md).
 pub fn run(flags: RunFlags) -> Result<Exit, Failure> {

@@ -34,22 +34,15 @@ pub fn run(flags: &Flags) -> Result<Exit, Failure> {
 
 async fn replaced(target: &Target) -> Result<Exit, Failure> {
     let client = target.client()?;
-    let gone = || {
-        let why = "its events ended".to_owned();
-        ClientError::Gone { path: client.path().to_owned(), why }
-    };
     let mut events = client.events().await?;
-    let old = supervisor(&mut events).await?.ok_or_else(gone)?;
+    let old = supervisor(&mut events).await?.ok_or_else(|| client.ended())?;
     match client.command(Command::SelfUpgrade).await? {
         Reply::Replacing => {}
         Reply::Refused(refusal) => return Err(Failure::Refused(refusal)),
-        Reply::Accepted { .. } | Reply::Status(_) | Reply::Stopping => {
-            let why = "it answered something else than was asked".to_owned();
-            return Err(ClientError::Strange { path: client.path().to_owned(), why }.into());
-        }
+        Reply::Accepted { .. } | Reply::Status(_) | Reply::Stopping => return Err(client.answered_otherwise().into()),
     }
     // The next status is that of whoever goes on.
-    let new = supervisor(&mut events).await?.ok_or_else(gone)?;
+    let new = supervisor(&mut events).await?.ok_or_else(|| client.ended())?;
     if new.replaced == old.replaced {
         let line = "the program could not be replaced, and the old one goes on: its log says why".to_owned();
         return Err(Failure::Said { exit: Exit::Failed, line });

@@ -11,7 +11,7 @@ use super::exit::{Exit, Failure};
 use super::target::{self, Target};
 use super::wait::before;
 use super::{text, verdict};
-use crate::control::client::{Client, ClientError};
+use crate::control::client::Client;
 use crate::control::types::{Generation, ServicePhase, Status, UpgradeReport};
 
 /// Which service, and in which form.
@@ -65,8 +65,7 @@ async fn watch(client: &Client, json_lines: bool) -> Result<Exit, Failure> {
         let together = Instant::now() + Duration::from_millis(50);
         while let Some(event) = news {
             if event?.is_none() {
-                let why = "its events ended".to_owned();
-                return Err(ClientError::Gone { path: client.path().to_owned(), why }.into());
+                return Err(client.ended().into());
             }
             news = before(Some(together), events.next()).await;
         }

@@ -58,10 +58,7 @@ async fn stop(client: &Client, flags: &Flags, progress: &mut Progress) -> Result
         match client.command(Command::Stop { quick: flags.quick }).await? {
             Reply::Stopping => Ok((events, process)),
             Reply::Refused(refusal) => Err(Failure::Refused(refusal)),
-            Reply::Accepted { .. } | Reply::Status(_) | Reply::Replacing => {
-                let why = "it answered something else than was asked".to_owned();
-                Err(ClientError::Strange { path: client.path().to_owned(), why }.into())
-            }
+            Reply::Accepted { .. } | Reply::Status(_) | Reply::Replacing => Err(client.answered_otherwise().into()),
         }
     };
     let (events, process) = before(deadline, asking).await.ok_or_else(late)??;

@@ -128,10 +128,7 @@ pub async fn request(
     let upgrade = match reply {
         Reply::Accepted { upgrade } => upgrade,
         Reply::Refused(refusal) => return Err(Failure::Refused(refusal)),
-        Reply::Status(_) | Reply::Stopping | Reply::Replacing => {
-            let why = "it answered something else than was asked".to_owned();
-            return Err(ClientError::Strange { path: client.path().to_owned(), why }.into());
-        }
+        Reply::Status(_) | Reply::Stopping | Reply::Replacing => return Err(client.answered_otherwise().into()),
     };
     let Some(mut events) = events else { return Ok(Outcome::Accepted { upgrade }) };
     follower.upgrade = Some(upgrade);

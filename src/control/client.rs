@@ -203,6 +203,18 @@ impl Client {
         }
     }
 
+    /// It went away while it was followed.
+    #[must_use]
+    pub fn ended(&self) -> ClientError {
+        ClientError::Gone { path: self.path.clone(), why: "its events ended".to_owned() }
+    }
+
+    /// It answered, and not to what it was asked.
+    #[must_use]
+    pub fn answered_otherwise(&self) -> ClientError {
+        self.strange("it answered something else than was asked".to_owned())
+    }
+
     fn strange(&self, why: String) -> ClientError {
         ClientError::Strange { path: self.path.clone(), why }
     }

@@ -41,6 +41,9 @@ const CHUNK: usize = 32 * 1024;
 /// How long it may stay full before something is left out. A service that writes on meanwhile has its pipe's room.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// How long a slow stderr is waited for at the end.
+pub const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// A line without an end is not waited for any longer.
 const LONGEST_LINE: usize = 64 * 1024;
 

@@ -177,11 +177,7 @@ impl Program {
             hash.update(&buffer[..read]);
             at += read as u64;
         }
-        let mut text = String::with_capacity(64);
-        for byte in hash.finalize() {
-            let _always_fits = write!(text, "{byte:02x}");
-        }
-        Ok(self.sha256.get_or_init(|| text).clone())
+        Ok(self.sha256.get_or_init(|| in_hex(&hash.finalize())).clone())
     }
 
     /// The open file.
@@ -242,6 +238,15 @@ impl Program {
         }
         self.held.try_clone().map(File::from)
     }
+}
+
+/// As sha256sum(1) shows a digest.
+#[must_use]
+pub fn in_hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _always_fits = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 mod once {

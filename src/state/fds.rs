@@ -56,6 +56,10 @@ fn passed<E: serde::de::Error>(number: RawFd) -> Result<Arc<OwnedFd>, E> {
     found.ok_or_else(|| E::custom(format_args!("fd {number} was not passed")))
 }
 
+fn copied<E: serde::de::Error>(number: RawFd) -> Result<OwnedFd, E> {
+    passed::<E>(number)?.try_clone().map_err(E::custom)
+}
+
 /// For `Arc<OwnedFd>`: where the number is the same, so is the file.
 pub mod shared {
     use super::{name, passed, Arc, OwnedFd};
@@ -92,8 +96,8 @@ pub mod shared_list {
 
 /// For `OwnedFd`, and what is made of one: a copy of what was passed.
 pub mod owned {
-    use super::{name, passed};
-    use serde::{de::Error, Deserialize, Deserializer, Serialize, Serializer};
+    use super::{copied, name};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
     /// Writes its number.
@@ -103,14 +107,14 @@ pub mod owned {
 
     /// Takes a copy of what was passed under the number.
     pub fn deserialize<'de, D: Deserializer<'de>, T: From<OwnedFd>>(from: D) -> Result<T, D::Error> {
-        passed::<D::Error>(Deserialize::deserialize(from)?)?.try_clone().map(T::from).map_err(D::Error::custom)
+        copied(Deserialize::deserialize(from)?).map(T::from)
     }
 }
 
 /// For `Option<OwnedFd>`.
 pub mod owned_option {
-    use super::{name, passed};
-    use serde::{de::Error, Deserialize, Deserializer, Serialize, Serializer};
+    use super::{copied, name};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
     /// Writes its number.
@@ -121,14 +125,14 @@ pub mod owned_option {
     /// Takes a copy of what was passed under the number.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<OwnedFd>, D::Error> {
         let number = Option::<RawFd>::deserialize(from)?;
-        number.map(|number| passed::<D::Error>(number)?.try_clone().map_err(D::Error::custom)).transpose()
+        number.map(copied).transpose()
     }
 }
 
 /// For many of them.
 pub mod owned_list {
-    use super::{name, passed};
-    use serde::{de::Error, Deserialize, Deserializer, Serializer};
+    use super::{copied, name};
+    use serde::{Deserialize, Deserializer, Serializer};
     use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
     /// Writes their numbers.
@@ -139,6 +143,6 @@ pub mod owned_list {
     /// Takes copies of what was passed under the numbers.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<OwnedFd>, D::Error> {
         let numbers = Vec::<RawFd>::deserialize(from)?;
-        numbers.into_iter().map(|number| passed::<D::Error>(number)?.try_clone().map_err(D::Error::custom)).collect()
+        numbers.into_iter().map(copied).collect()
     }
 }

@@ -6,7 +6,6 @@
 //! SLOT        SEQUENCE LENGTH SHA256\n{…}     read: the one with the higher number of those that are whole
 //! ```
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,6 +15,8 @@ use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::sys::stat::{fstat, SFlag};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::process::program::in_hex;
 
 /// Where the second one begins; what a state has room for.
 const SLOT: usize = 4 * 1024 * 1024;
@@ -82,12 +83,7 @@ fn place(sequence: u64) -> u64 {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for byte in Sha256::digest(bytes) {
-        // Writing to a String cannot fail.
-        let _written = write!(text, "{byte:02x}");
-    }
-    text
+    in_hex(&Sha256::digest(bytes))
 }
 
 fn read(memory: &File, at: usize) -> Option<(u64, Vec<u8>)> {

@@ -10,14 +10,14 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 ///
 /// # Panics
 /// Where one of the standard streams is named, which somebody else owns.
-pub fn take(numbers: &[RawFd]) -> io::Result<Vec<OwnedFd>> {
-    assert!(numbers.iter().all(|&number| number > libc::STDERR_FILENO), "a standard stream is named");
-    for &number in numbers {
+pub fn take(numbers: impl Iterator<Item = RawFd> + Clone) -> io::Result<Vec<OwnedFd>> {
+    for number in numbers.clone() {
+        assert!(number > libc::STDERR_FILENO, "a standard stream is named");
         set_flags(number, libc::FD_CLOEXEC)?;
     }
-    // SAFETY: all are open, as was just seen, and nobody else owns them: they were left open for this process by a message
-    // that is read once, before anything else is opened.
-    Ok(numbers.iter().map(|&number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+    // SAFETY: all are open, as was just seen, and nobody else owns them: whoever executed this process left them open for it,
+    // by a protocol that says their numbers once, before anything else is opened.
+    Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
 }
 
 /// Leaves them open over execve(2), or not any more.
@@ -50,9 +50,9 @@ mod tests {
         assert_eq!(flags(&read), libc::FD_CLOEXEC);
         keep_over_exec(&[read.as_raw_fd()], true).unwrap();
         assert_eq!(flags(&read), 0);
-        let taken = take(&[read.into_raw_fd()]).unwrap();
+        let taken = take([read.into_raw_fd()].into_iter()).unwrap();
         assert_eq!(flags(&taken[0]), libc::FD_CLOEXEC);
         drop(write);
-        assert!(take(&[1_000_000]).is_err());
+        assert!(take([1_000_000].into_iter()).is_err());
     }
 }

@@ -3,7 +3,6 @@
 
 #[cfg(feature = "cli")]
 pub mod exec;
-#[cfg(feature = "cli")]
 pub mod fds;
 #[cfg(feature = "cli")]
 pub mod memory;

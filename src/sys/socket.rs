@@ -3,8 +3,10 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::fds;
 
 /// `enum` in `net/tcp_states.h`; part of the ABI of `TCP_INFO`.
 const TCP_LISTEN: u8 = 10;
@@ -111,15 +113,7 @@ pub fn take_passed_fds(count: usize) -> io::Result<Vec<OwnedFd>> {
 fn take_from(first: RawFd, count: usize) -> io::Result<Vec<OwnedFd>> {
     let last = RawFd::try_from(count).ok().and_then(|count| first.checked_add(count));
     let last = last.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    for fd in first..last {
-        // SAFETY: F_SETFD touches no memory; on a number that is no open fd it fails.
-        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    // SAFETY: all are open, as was just seen, and nobody else owns them: whoever executed this process passed them to
-    // it by the protocol, and they are taken once.
-    Ok((first..last).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect())
+    fds::take(first..last)
 }
 
 #[cfg(test)]

@@ -22,11 +22,9 @@ pub mod start;
 pub mod state;
 
 use std::convert::Infallible;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use tokio::sync::{mpsc, oneshot};
 
 use self::program::ReplaceError;
@@ -36,7 +34,9 @@ use super::instance::Lock;
 use super::running::{Running, Tasks};
 use crate::control::server::Server;
 use crate::control::types as control;
+use crate::process::output::LAST_LINES;
 use crate::process::program::Program;
+use crate::sys::socket::is_readable;
 
 /// The state, as the number of its fd.
 pub const STATE_VAR: &str = "ZDDSUP_STATE";
@@ -49,8 +49,6 @@ const COPIES: &str = "take copies of open files";
 
 /// How long it is waited for a moment at which nothing is under way.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// How long a slow stderr is waited for.
-const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// How far a replacement is.
 #[derive(Debug)]
@@ -137,12 +135,8 @@ impl Driver {
     fn is_at_rest(&self) -> bool {
         let spawns = |running: &Running| running.main.is_none() && running.end.is_none();
         // Its end is about to be reported.
-        let has_ended = |running: &Running| {
-            running.main.as_ref().is_some_and(|main| {
-                let mut asked = [PollFd::new(main.pidfd.as_fd(), PollFlags::POLLIN)];
-                poll(&mut asked, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-            })
-        };
+        let has_ended =
+            |running: &Running| running.main.as_ref().is_some_and(|main| is_readable(&main.pidfd).unwrap_or(false));
         !self.counting.is_under_way() && !self.running.values().any(|running| spawns(running) || has_ended(running))
     }
 

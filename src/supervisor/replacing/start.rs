@@ -68,13 +68,13 @@ pub fn take() -> Result<Option<Left>, LeftError> {
     let wrong = |source| LeftError::Variable { value: value.clone(), source };
     let number: RawFd =
         value.parse().ok().filter(|number| *number > 2).ok_or_else(|| wrong(io::ErrorKind::InvalidInput.into()))?;
-    let mut own = fds::take(&[number]).map_err(wrong)?;
+    let mut own = fds::take([number].into_iter()).map_err(wrong)?;
     let mut document = Vec::new();
     if let Some(file) = own.pop().map(File::from) {
         file.take(MOST).read_to_end(&mut document).map_err(wrong)?;
     }
     let numbers: Vec<_> = state::header(&document)?.fds.into_iter().filter(|number| *number > 2).collect();
-    let taken: Vec<OwnedFd> = fds::take(&numbers).map_err(wrong)?;
+    let taken: Vec<OwnedFd> = fds::take(numbers.iter().copied()).map_err(wrong)?;
     Ok(Some(Left { document, passed: Passed::new(numbers.into_iter().zip(taken)) }))
 }
 
