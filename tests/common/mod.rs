@@ -179,6 +179,16 @@ impl Supervisor {
         assert!(output.status.success(), "{output:?}\n{}", self.log());
     }
 
+    /// `zddsup self-upgrade` must succeed: the program is replaced, and the same process goes on.
+    pub fn self_upgrade(&self) {
+        let before = self.status().supervisor.replaced;
+        let output = self.cli(&["self-upgrade"]);
+        assert!(output.status.success(), "{output:?}\n{}", self.log());
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(said.contains(&format!("goes on as process {}", self.pid())), "{said}");
+        assert_eq!(self.status().supervisor.replaced, before + 1);
+    }
+
     /// Its status, if it answers.
     #[must_use]
     pub fn try_status(&self) -> Option<Status> {

@@ -19,16 +19,6 @@ use crate::watched::Rest;
 /// How often in a row.
 const MANY: u64 = 200;
 
-/// The program is replaced, and the same process goes on.
-fn replace(stage: &Stage) {
-    let (pid, before) = (stage.pid(), stage.status().supervisor.replaced);
-    let output = stage.cli(&["self-upgrade"]);
-    assert!(output.status.success(), "{output:?}\n{}", stage.log());
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains(&format!("goes on as process {pid}")), "{said}");
-    assert_eq!(stage.status().supervisor.replaced, before + 1);
-}
-
 fn loads(stage: &Stage) -> [Load; 2] {
     [stage.load(), stage.keep_alive_load()]
 }
@@ -70,7 +60,7 @@ fn a_service_that_serves_notices_nothing() {
     let loads = loads(&stage);
     let (serving, history) = (stage.serving(), stage.status().upgrades);
     for _ in 0..3 {
-        replace(&stage);
+        stage.self_upgrade();
         assert_eq!(stage.serving().pid, serving.pid, "{}", stage.log());
     }
     let status = stage.status();
@@ -79,7 +69,7 @@ fn a_service_that_serves_notices_nothing() {
     stage.next("--version 2");
     stage.upgrade();
     stage.wait_settled();
-    replace(&stage);
+    stage.self_upgrade();
     clean(&stage, loads, &["1", "2"]);
     assert!(stage.cli(&["rollback"]).status.success(), "{}", stage.log());
     assert_eq!(stage.serving().number.0, 3);
@@ -99,7 +89,7 @@ fn where_each_generation_has_a_socket_of_its_own() {
             stage.next(&format!("--version {version}"));
             stage.upgrade();
             stage.wait_settled();
-            replace(&stage);
+            stage.self_upgrade();
         }
         clean(&stage, loads, &["1", "2", "3", "4"]);
     }
@@ -113,7 +103,7 @@ fn while_a_candidate_starts() {
     let upgrade = begin(&stage, &["upgrade"]);
     stage.wait_for_log("puppet: listens on ");
     let own = own_address(&stage.log());
-    replace(&stage);
+    stage.self_upgrade();
     let status = stage.status();
     assert_eq!(status.phase, ServicePhase::Upgrading);
     assert!(status.generations.iter().any(|one| one.number.0 == 2 && one.phase == GenerationPhase::Starting));
@@ -133,7 +123,7 @@ fn while_it_bakes_and_back() {
     stage.next("--version 2");
     stage.signal(Signal::SIGHUP);
     stage.wait_until("it bakes", |status| status.phase == ServicePhase::Baking);
-    replace(&stage);
+    stage.self_upgrade();
     let status = stage.status();
     assert_eq!(status.phase, ServicePhase::Baking);
     // The one on standby is switched back to at once.
@@ -157,7 +147,7 @@ fn while_an_old_generation_drains_and_whoever_waits_is_answered() {
     stage.wait_until("the old one drains", |status| {
         status.generations.iter().any(|one| one.phase == GenerationPhase::Draining)
     });
-    replace(&stage);
+    stage.self_upgrade();
     assert!(stage.status().generations.iter().any(|one| one.phase == GenerationPhase::Draining), "{}", stage.log());
     let said = ends_well(&stage, waiting);
     assert!(said.contains("generation 2 serves in the place of generation 1"), "{said}");
@@ -180,7 +170,7 @@ fn while_nobody_serves_and_the_next_start_is_due() {
         status.phase == ServicePhase::Restarting && status.restarts > 2
     });
     // What is spawned just then is waited for.
-    replace(&stage);
+    stage.self_upgrade();
     stage.next("--version 3");
     assert!(stage.cli(&["upgrade"]).status.success(), "{}", stage.log());
     assert!(request(address, "/").contains("version=3 "));
@@ -192,7 +182,7 @@ fn while_it_is_a_lame_duck() {
     let load = stage.load();
     stage.signal(Signal::SIGTERM);
     stage.wait_until("it is one", |status| status.phase == ServicePhase::LameDuck);
-    replace(&stage);
+    stage.self_upgrade();
     assert_eq!(stage.status().phase, ServicePhase::LameDuck);
     assert!(load.more(20, PATIENCE));
     load.stop().assert_clean();
@@ -229,7 +219,7 @@ fn two_hundred_times_with_flat_fds_and_memory() {
     let rest = Rest::of(&stage);
     let loads = loads(&stage);
     for number in 1..=MANY {
-        replace(&stage);
+        stage.self_upgrade();
         if number % 50 == 0 {
             stage.upgrade();
         }
@@ -299,7 +289,7 @@ fn a_program_that_cannot_changes_nothing() {
     stage.signal(Signal::SIGUSR2);
     wait_for("the log says it", || stage.log().matches("the program is not replaced: ").count() == 9);
     stage.put(Path::new(ZDDSUP));
-    replace(&stage);
+    stage.self_upgrade();
     stage.next("--version 2");
     stage.upgrade();
     clean(&stage, loads, &["1", "2"]);
@@ -329,7 +319,7 @@ fn a_program_that_cannot_be_executed_after_all_changes_nothing() {
     stage.next("--version 2");
     stage.upgrade();
     stage.put(Path::new(ZDDSUP));
-    replace(&stage);
+    stage.self_upgrade();
     clean(&stage, loads, &["1", "2"]);
 }
 

@@ -1,6 +1,6 @@
 //! A printed unit with every directive that it offers: those that are comments as well.
 
-use crate::common::{PATIENCE, ZDDSUP};
+use crate::common::ZDDSUP;
 use crate::protocol::Boot;
 use crate::stage::Systemd;
 use crate::{printed, HERE};
@@ -22,15 +22,7 @@ fn runs(boot: Boot, flags: &[&str], puppet_flags: &[&str]) {
         assert!(unit.contains(&format!("\n{directive}\n")), "{unit}");
     }
     let Some(systemd) = boot(&[("web.service", unit), ("web.service.d/test.conf", HERE.to_owned())]) else { return };
-    systemd.write("script", "--version 1");
-    systemd.must(&["start", "web"]);
-    let load = systemd.load(80);
-    for version in 2..=3 {
-        systemd.write("script", &format!("--version {version}"));
-        systemd.must(&["reload", "web"]);
-        assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), systemd.log());
-    }
-    load.stop().assert_clean();
+    systemd.serves_three_versions("web", 80);
 }
 
 fn all_of_it(boot: Boot) {

@@ -146,15 +146,7 @@ fn adopts(more: &str, flags: &str) {
     let Some(systemd) = Systemd::boot(&template(more)) else { return };
     let command = "/run/target/examples/puppet --bind 127.0.0.1:8080 --script /run/stage/script";
     systemd.write("web.env", &format!("COMMAND={command}\nFLAGS={flags} --handoff adopt --ready tcp:127.0.0.1:8080\n"));
-    systemd.write("script", "--version 1");
-    systemd.must(&["start", "zddsup@web"]);
-    let load = systemd.load(8080);
-    for version in 2..=3 {
-        systemd.write("script", &format!("--version {version}"));
-        systemd.must(&["reload", "zddsup@web"]);
-        assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), systemd.log());
-    }
-    load.stop().assert_clean();
+    systemd.serves_three_versions("zddsup@web", 8080);
 }
 
 #[test]

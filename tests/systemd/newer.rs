@@ -93,15 +93,7 @@ fn an_unmodified_server_is_adopted_with_all_of_the_hardening() {
     let command = "/run/target/examples/puppet --bind 127.0.0.1:8080 --script /run/stage/script";
     let flags = "--user nobody --handoff adopt --ready tcp:127.0.0.1:8080";
     systemd.write("own.env", &format!("COMMAND={command}\nFLAGS={flags}\n"));
-    systemd.write("script", "--version 1");
-    systemd.must(&["start", "zddsup@own"]);
-    let load = systemd.load(8080);
-    for version in 2..=3 {
-        systemd.write("script", &format!("--version {version}"));
-        systemd.must(&["reload", "zddsup@own"]);
-        assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), systemd.log());
-    }
-    load.stop().assert_clean();
+    systemd.serves_three_versions("zddsup@own", 8080);
 }
 
 #[test]

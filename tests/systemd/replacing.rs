@@ -12,8 +12,7 @@ fn self_upgrades_under_load_are_no_restart() {
     let load = systemd.load(80);
     for version in 2..5 {
         systemd.write("script", &format!("--version {version}"));
-        let replaced = systemd.command("/run/target/zddsup", &["self-upgrade", "--name", "web"]).output().unwrap();
-        assert!(replaced.status.success(), "{replaced:?}\n{}", systemd.log());
+        systemd.self_upgrade();
         systemd.must(&["kill", "--kill-whom=main", "--signal=USR2", "zddsup@web"]);
         systemd.must(&["reload", "zddsup@web"]);
         assert!(load.saw(&version.to_string(), PATIENCE), "{}", load.so_far());

@@ -37,8 +37,7 @@ fn the_first_connection_starts_it_and_a_restart_refuses_none(boot: Boot) {
     }
     systemd.write("script", "--version 2");
     systemd.must(&["restart", "zddsup@web.service"]);
-    let replaced = systemd.command("/run/target/zddsup", &["self-upgrade", "--name", "web"]).output().unwrap();
-    assert!(replaced.status.success(), "{replaced:?}\n{}", systemd.log());
+    systemd.self_upgrade();
     systemd.write("script", "--version 3");
     systemd.must(&["reload", "zddsup@web.service"]);
     for load in loads {

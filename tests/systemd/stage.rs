@@ -190,6 +190,25 @@ impl Systemd {
         self.within(move || drop(TcpStream::connect(("127.0.0.1", port)).unwrap()));
     }
 
+    /// `zddsup self-upgrade` of the service web must succeed.
+    pub fn self_upgrade(&self) {
+        let replaced = self.command("/run/target/zddsup", &["self-upgrade", "--name", "web"]).output().unwrap();
+        assert!(replaced.status.success(), "{replaced:?}\n{}", self.log());
+    }
+
+    /// Starts version 1 of the puppet in a unit, and then two more by a reload, without a request that fails.
+    pub fn serves_three_versions(&self, unit: &str, port: u16) {
+        self.write("script", "--version 1");
+        self.must(&["start", unit]);
+        let load = self.load(port);
+        for version in 2..=3 {
+            self.write("script", &format!("--version {version}"));
+            self.must(&["reload", unit]);
+            assert!(load.saw(&version.to_string(), PATIENCE), "{}\n{}", load.so_far(), self.log());
+        }
+        load.stop().assert_clean();
+    }
+
     /// Requests to a port inside.
     #[must_use]
     pub fn load(&self, port: u16) -> Load {

@@ -282,8 +282,7 @@ fn so_it_is_after_self_upgrades() {
     holds(&systemd, 5);
     let load = systemd.load(8080);
     for version in 2..=3 {
-        let replaced = systemd.command("/run/target/zddsup", &["self-upgrade", "--name", "web"]).output().unwrap();
-        assert!(replaced.status.success(), "{replaced:?}\n{}", systemd.log());
+        systemd.self_upgrade();
         systemd.write("script", &format!("--version {version}"));
         systemd.must(&["reload", "zddsup@web"]);
         saw(&systemd, &load, &version.to_string());

@@ -6,18 +6,11 @@ use zddsup::control::types::{GenerationPhase, ServicePhase};
 
 use crate::common::load::{Config, Load, Target};
 use crate::common::real::installed;
-use crate::common::{puppet, request, Supervisor, PATIENCE};
+use crate::common::{puppet, request, PATIENCE};
 use crate::leaving;
 use crate::places::NOBODY;
 use crate::stage::Site;
 use crate::steering::start;
-
-fn replace(supervisor: &Supervisor) {
-    let before = supervisor.status().supervisor.replaced;
-    let output = supervisor.cli(&["self-upgrade"]);
-    assert!(output.status.success(), "{output:?}\n{}", supervisor.log());
-    assert_eq!(supervisor.status().supervisor.replaced, before + 1);
-}
 
 fn loads(config: &Config) -> [Load; 2] {
     // One that is kept for ever would hold its generation.
@@ -32,20 +25,20 @@ fn between_upgrades_and_while_one_listens_that_is_not_ready() {
     let site = Site::new();
     let supervisor = start(&site, &["--ready", "notify"], "--version 1");
     let loads = loads(&site.load());
-    replace(&supervisor);
+    supervisor.self_upgrade();
     site.write("script", "--version 2");
     supervisor.upgrade();
     assert!(loads[0].saw("2", PATIENCE));
     site.write("script", "--version 3\n--ready none\n");
     supervisor.signal(Signal::SIGHUP);
     supervisor.wait_until("the candidate listens", |_| supervisor.log().matches("listens on tcp:").count() == 3);
-    replace(&supervisor);
+    supervisor.self_upgrade();
     assert!(loads[0].more(50, PATIENCE));
     assert!(supervisor.cli(&["abort"]).status.success(), "{}", supervisor.log());
     supervisor.wait_settled();
     // Its own calls are caught still: what it binds now too.
     site.write("script", "--version 4");
-    replace(&supervisor);
+    supervisor.self_upgrade();
     supervisor.upgrade();
     for load in loads {
         assert!(load.saw("4", PATIENCE), "{}\n{}", load.so_far(), supervisor.log());
@@ -61,7 +54,7 @@ fn where_zddsup_listens_besides() {
     let supervisor = start(&site, &["--listen", "ADDRESS", "--handoff", "adopt"], "--version 1");
     let loads = loads(&site.load());
     for version in 2..5 {
-        replace(&supervisor);
+        supervisor.self_upgrade();
         site.write("script", &format!("--version {version}"));
         supervisor.upgrade();
         supervisor.wait_settled();
@@ -93,7 +86,7 @@ fn a_canary_keeps_its_share_and_its_check() {
     ];
     let output = supervisor.cli(&words);
     assert!(output.status.success(), "{output:?}");
-    replace(&supervisor);
+    supervisor.self_upgrade();
     assert_eq!(supervisor.status().phase, ServicePhase::Canary);
     load.stop().assert_clean();
     let load = Load::start(site.load());
@@ -135,7 +128,7 @@ fn an_observed_drain_goes_on_until_the_last_connection_is_gone() {
     supervisor.wait_until("it is seen", |status| status.generations.iter().any(|one| one.connections == Some(1)));
     site.write("script", "--version 2");
     supervisor.upgrade();
-    replace(&supervisor);
+    supervisor.self_upgrade();
     supervisor.wait_until("it drains", |status| {
         status.generations.iter().any(|one| one.phase == GenerationPhase::Draining && one.connections == Some(1))
     });
@@ -171,7 +164,7 @@ fn after_a_crash_what_waited_meanwhile_is_served() {
     kill(Pid::from_raw(supervisor.serving().pid.unwrap()), Signal::SIGKILL).unwrap();
     supervisor.wait_until("it is tried again", |status| status.restarts > 1);
     let load = Load::start(site.load());
-    replace(&supervisor);
+    supervisor.self_upgrade();
     site.write("script", "--version 3");
     assert!(load.saw("3", PATIENCE), "{}\n{}", load.so_far(), supervisor.log());
     load.stop().assert_clean();
@@ -186,10 +179,10 @@ fn unix_sockets_and_their_files() {
     let config = Config { workers: 2, limit: PATIENCE * 3, ..Config::new(Target::Unix(site.path("web.sock"))) };
     let loads = loads(&config);
     for version in 2..5 {
-        replace(&supervisor);
+        supervisor.self_upgrade();
         site.write("script", &format!("--version {version}"));
         supervisor.upgrade();
-        replace(&supervisor);
+        supervisor.self_upgrade();
         supervisor.wait_settled();
     }
     for load in loads {
@@ -213,7 +206,7 @@ fn a_port_that_the_kernel_chose_is_kept() {
     let puppet = puppet();
     let supervisor = site.start(&["--", &puppet, "--bind", "127.0.0.1:0", "--script", "script"]);
     let address = supervisor.address();
-    replace(&supervisor);
+    supervisor.self_upgrade();
     site.write("script", "--version 2");
     supervisor.upgrade();
     supervisor.wait_settled();
@@ -240,7 +233,7 @@ fn nginx_reloads_and_is_upgraded_across_it() {
     let supervisor = site.start(&["--", "nginx", "-c", &path]);
     let loads = loads(&site.load());
     for version in 2..5 {
-        replace(&supervisor);
+        supervisor.self_upgrade();
         site.write("nginx.conf", &conf(version));
         supervisor.upgrade();
         for load in &loads {
